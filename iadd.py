@@ -1,0 +1,967 @@
+"""Importance-Aware Adaptive Dataset Distillation (IADD) in one file.
+
+Guang Li, Ren Togo, Takahiro Ogawa, Miki Haseyama: "Importance-Aware Adaptive Dataset Distillation",
+Neural Networks 172, 2024, arXiv:2401.15863. Sections, equations and algorithm lines below are that paper's.
+
+The method. Train many teachers on the real data and keep their parameters after every epoch. Then take
+a few images per class (IPC), real ones to begin with, and repeat T times: start a student at a random
+early epoch i of a random teacher, let it take J steps of gradient descent on the augmented distilled
+images, and compare where it arrives with where the teacher stood K epochs later. The squared distance,
+each parameter weighted by its own importance W, is back-propagated through all J steps into the images,
+into the student's learning rate alpha and into W. In the end a fresh network trained on the distilled
+images alone does far better than one trained on as many real images.
+
+    python iadd.py teachers --dataset cifar10     # 200 trajectories of a ConvNet (Section 3.1)
+    python iadd.py distill --ipc 1                # Algorithm 1: the distilled images
+    python iadd.py eval --arch vgg11              # train fresh networks on them, test on real images
+
+Without a GPU and without a download, `--dataset shapes` runs all three in about three minutes.
+
+Departures from the paper: none intended. It is silent on J, K, I+, alpha_0, the learning rates and the
+momentum, so these are MTT's (Cazenavette et al., "Dataset Distillation by Matching Training
+Trajectories", CVPR 2022); the README lists every such choice. With W = 1 throughout, IADD is MTT.
+
+Glossary
+    theta        all parameters of a network as one vector, (P,)        theta, Eq. (3)-(5)
+    images       the distilled images, normalised, (N, C, H, W)         D_distill
+    alpha        the student's learning rate, a trainable scalar        alpha, Eq. (2), (10)
+    W            the importance of each parameter, (P,)                 W, Eq. (6), (11)
+    T            distillation iterations                                --iterations
+    J, K         student steps; teacher epochs from start to target     --steps, --expert-epochs
+    max_start    a student starts at a teacher epoch i < max_start      I+, --max-start-epoch
+    DSA          differentiable Siamese augmentation                    script A, [47]
+    IPC          distilled images per class
+"""
+import argparse
+import csv
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------
+# Settings: default < preset < what the user typed
+# ------------------------------------------------------------------------------------------------
+
+# Section 4.2 and 4.5: teachers, epochs, T (iterations) and width. Paper silent on the teachers' learning
+# rate and batch: MTT's. `shapes` is ours, sized for a laptop.
+TRAINING = """
+dataset       teachers  epochs  lr_teacher  batch_real  iterations  width
+cifar10            200      50         .01         256        5000    128
+cifar100           200      50         .01         256        5000    128
+tinyimagenet       100      50         .01         256        5000    128
+covid              100      50         .01         256        5000    128
+shapes               6      10         .02          64         200     32
+"""
+# Paper silent: MTT's values (COVID-CXR: nobody's; MTT's for images of 128 x 128).
+MATCHING = """
+dataset       ipc  steps  expert_epochs  max_start_epoch  lr_img  lr_alpha  alpha  batch  zca
+cifar10         1     50              2                2     100      1e-7    .01    all  yes
+cifar10        10     30              2               20     100      1e-5   .001    all  yes
+cifar10        50     30              2               40    1000      1e-5   .001    all   no
+cifar100        1     20              3               20    1000      1e-5    .01    all  yes
+cifar100       10     20              2               20    1000      1e-5    .01    all   no
+cifar100       50     80              2               40    1000      1e-5    .01    125  yes
+tinyimagenet    1     10              2               10   10000      1e-4    .01    all   no
+tinyimagenet   10     20              2               40   10000      1e-4    .01    200   no
+covid          20     20              2               10    1000      1e-6    .01    all   no
+shapes          1     10              2                4     300      1e-5    .03    all   no
+"""
+
+
+class UserError(Exception):
+    """Something the user can mend. The command line prints it as one line and exits with code 2."""
+
+
+def parse_table(text: str, keys: int) -> dict[tuple, dict]:
+    """One of the tables above as {(first `keys` columns): {column: value}}; a batch of "all" becomes None."""
+    def value(word):
+        return {"all": None, "yes": True, "no": False}[word] if word in ("all", "yes", "no") else \
+            int(word) if word.isdigit() else float(word) if word[0] in ".0123456789" else word
+
+    header, *rows = [[value(word) for word in line.split()] for line in text.strip().splitlines()]
+    return {tuple(row[:keys]): dict(zip(header[keys:], row[keys:])) for row in rows}
+
+
+def preset(name: str, ipc: int) -> dict:
+    """The settings of dataset `name` for the largest listed IPC that does not exceed `ipc` (else the smallest)."""
+    rows = {row_ipc: row for (row_name, row_ipc), row in parse_table(MATCHING, 2).items() if row_name == name}
+    nearest = max((n for n in rows if n <= ipc), default=min(rows))
+    return {**parse_table(TRAINING, 1)[name,], **rows[nearest]}
+
+
+def seed_all(*key) -> None:
+    """Start the random stream named `key`, such as (seed, "teacher", 3): one stream for each purpose, so
+    that no evaluated network starts from the very parameters that the images were matched to."""
+    torch.manual_seed(zlib.crc32(repr(key).encode()))
+
+
+def differences(found: dict, wanted: dict) -> str:
+    """Says in words where `found` departs from `wanted` ("width 32, not 128"); empty if nowhere."""
+    return ", ".join(f"{k} {found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v)
+
+
+# ------------------------------------------------------------------------------------------------
+# Files (written whole or not at all, read as data and never as code), progress, memory
+# ------------------------------------------------------------------------------------------------
+
+def save(obj, path: Path) -> None:
+    """torch.save under a temporary name, then a rename: `path` never holds half a file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(obj, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def load(path: Path, *keys: str) -> dict:
+    """A dict saved by `save` that has `keys`, its tensors memory-mapped on the CPU.
+
+    Raises UserError if the file is missing, damaged, or something else."""
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        missing = [key for key in keys if key not in content]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        raise UserError(f"{path} is damaged or not a file of iadd.py ({type(error).__name__})") from None
+    if missing:
+        raise UserError(f"{path} is not such a file: it lacks {', '.join(missing)}")
+    return content
+
+
+def progress_bar(iterable=None, **options) -> tqdm:
+    """tqdm, but with one line in half a minute where the output is not a terminal."""
+    return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
+
+
+def peak_memory(device: torch.device) -> str:
+    """In words, the most memory that this process has held: on the GPU, or in all."""
+    if device.type == "cuda":
+        return f"peak {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of GPU memory"
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return "peak memory unknown"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
+
+
+# ------------------------------------------------------------------------------------------------
+# Datasets
+# ------------------------------------------------------------------------------------------------
+
+@dataclass
+class Dataset:
+    """Images and labels: train and test are pairs of uint8 (N, C, H, W), H = W, and int64 (N,), index into classes."""
+    name: str
+    classes: list[str]
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return tuple(self.train[0].shape[1:])
+
+    def fingerprint(self) -> str:
+        """A checksum of the training images and labels, to tell what a teacher was trained on."""
+        images, labels = (part.contiguous().numpy() for part in self.train)
+        return f"{zlib.crc32(labels, zlib.crc32(images)):08x}"
+
+
+def load_dataset(name: str, data_dir: Path, size: int | None = None) -> Dataset:
+    """cifar10, cifar100, shapes, or a folder with train/<class>/* and test/<class>/*.
+
+    size: side in pixels that a folder's images are resized to. Raises UserError."""
+    if Path(name).is_dir():
+        return load_folder(Path(name), data_dir, size)
+    if size:
+        raise UserError(f"--size resizes the images of a folder; {name} is not one")
+    if name in ("cifar10", "cifar100"):
+        return load_cifar(name, data_dir)
+    if name == "shapes":
+        return make_shapes()
+    raise UserError(f"unknown dataset {name!r}: it is neither cifar10, cifar100, shapes nor a folder")
+
+
+def load_cifar(name: str, data_dir: Path) -> Dataset:
+    """CIFAR-10 or CIFAR-100 [53], downloaded to data_dir on first use (170 MB)."""
+    cifar = getattr(torchvision.datasets, name.upper())
+    try:
+        parts = [cifar(data_dir, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot download {name} ({error}); put the archive \"python version\" from "
+                        f"https://www.cs.toronto.edu/~kriz/cifar.html into {data_dir} yourself") from None
+    pairs = [(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts]
+    return Dataset(name, list(parts[0].classes), *pairs)
+
+
+def read_image(path: str, size: int | None) -> np.ndarray:
+    """One image file as uint8 (H, W, C), C = 1 if it is greyscale, else 3. Raises UserError."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+            if size:
+                image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased
+            pixels = np.asarray(image)
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, DecompressionBombError, ...
+        raise UserError(f"cannot read the image {path}: {error}") from None
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def load_folder(root: Path, data_dir: Path, size: int | None = None) -> Dataset:
+    """A folder of images, train/<class>/* and test/<class>/*; greyscale if all of them are.
+
+    Read once, then kept in data_dir/cache under a name made from every file's path, size and date."""
+    try:
+        parts = [torchvision.datasets.ImageFolder(root / split) for split in ("train", "test")]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{root} needs {root}/train/<class>/*.png and {root}/test/<class>/*.png: {error}") from None
+    classes = parts[0].classes
+    if odd := sorted(set(classes) ^ set(parts[1].classes)):
+        raise UserError(f"{root}: train and test have different classes, {', '.join(odd[:5])} in one of them only")
+    if len(classes) < 2:
+        raise UserError(f"{root}/train holds a single class, {classes[0]}; at least two are needed")
+    files = [path for part in parts for path, _ in part.samples]
+    stamps = [(os.path.relpath(f, root), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
+    key = hashlib.sha1(repr((size, stamps)).encode()).hexdigest()[:12]
+    name = root.resolve().name + (f"-{size}px" if size else "")
+    cache = data_dir / "cache" / f"{name}-{key}.pt"
+    if not cache.exists():
+        with ThreadPoolExecutor() as pool:
+            reading = pool.map(lambda file: read_image(file, size), files)
+            arrays = list(progress_bar(reading, desc=f"reading {root}", total=len(files), unit="image"))
+        side, channels = arrays[0].shape[0], max(array.shape[2] for array in arrays)
+        for file, array in zip(files, arrays):
+            if array.shape[:2] != (side, side):
+                raise UserError(f"all images must be squares of one size, but {file} has {array.shape[1]}x"
+                                f"{array.shape[0]} pixels and {files[0]} {arrays[0].shape[1]}x{side}: give --size")
+        images = np.stack([np.broadcast_to(array, (side, side, channels)) for array in arrays])
+        save({"images": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()}, cache)
+    images = load(cache, "images")["images"].split([len(part.samples) for part in parts])
+    return Dataset(name, classes, *((i.clone(), torch.tensor(part.targets)) for i, part in zip(images, parts)))
+
+
+def make_shapes(train: int = 200, test: int = 50, size: int = 32, seed: int = 0) -> Dataset:
+    """Ten procedural classes of shapes and textures, `train` and `test` images of each, without any download.
+
+    Position, scale, tilt, both colours and the lighting are random and there is much noise: no pixel and no
+    colour tells the class, and one example teaches little."""
+    patterns = {  # positive inside the figure; (u, v) are its own coordinates, its radius is 1
+        "disk": lambda u, v: 1 - np.hypot(u, v),
+        "ring": lambda u, v: 0.22 - abs(np.hypot(u, v) - 0.78),
+        "square": lambda u, v: 0.85 - np.maximum(abs(u), abs(v)),
+        "triangle": lambda u, v: 0.5 - np.maximum(-v, 0.866 * abs(u) + 0.5 * v),
+        "cross": lambda u, v: np.minimum(0.28 - np.minimum(abs(u), abs(v)), 1 - np.maximum(abs(u), abs(v))),
+        "flower": lambda u, v: 0.65 + 0.35 * np.cos(5 * np.arctan2(v, u)) - np.hypot(u, v),
+        "stripes": lambda u, v: np.sin(6 * u) / 6,
+        "checker": lambda u, v: np.sin(5 * u) * np.sin(5 * v) / 4,
+        "dots": lambda u, v: (np.cos(6 * u) + np.cos(6 * v) - 0.8) / 8,
+        "waves": lambda u, v: np.sin(8 * np.hypot(u, v)) / 8}
+    rng, n, grid = np.random.default_rng(seed), train + test, np.linspace(-1, 1, size)
+
+    def draw(low, high, channels=1):
+        return rng.uniform(low, high, (n, channels, 1, 1))
+
+    def render(pattern):
+        x, y = grid[None, :] - draw(-.3, .3), grid[:, None] - draw(-.3, .3)  # (n, 1, size, size) when combined
+        tilt, scale = draw(-.3, .3), draw(.4, .8)
+        u, v = (np.cos(tilt) * x - np.sin(tilt) * y) / scale, (np.sin(tilt) * x + np.cos(tilt) * y) / scale
+        inside = (pattern(u, v) * scale * size / 2 + 0.5).clip(0, 1)  # with soft edges
+        ground = draw(0, .5, 3)
+        image = (ground + inside * draw(.2, .5, 3)) * (1 + draw(-.3, .3) * x + draw(-.3, .3) * y)
+        image += rng.normal(0, .15, image.shape)
+        return torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8))
+
+    images, labels = torch.stack([render(pattern) for pattern in patterns.values()]), torch.arange(len(patterns))
+    pairs = [(part.flatten(0, 1), labels.repeat_interleave(part.shape[1])) for part in images.split([train, test], 1)]
+    return Dataset("shapes", list(patterns), *pairs)
+
+
+class Normalisation:
+    """Maps uint8 images to network input and back, fitted on training images alone. Works on its own device.
+
+    With ZCA whitening z = (x - mean) M, M = U diag(1 / sqrt(S + eps)) U^T for the covariance U diag(S) U^T of
+    the pixels x in [0, 1] (Section 4.2; eps = .1 as MTT); otherwise z = (x - mean) / std for each channel."""
+
+    def __init__(self, mean: Tensor, scale: Tensor):
+        self.mean, self.scale = mean, scale  # (D,) and M (D, D), D = C H W; without ZCA (C, 1, 1) both
+        self.zca = scale.dim() == 2
+
+    @classmethod
+    def fit(cls, images: Tensor, zca: bool, device="cpu", eps: float = 0.1) -> "Normalisation":
+        """images: uint8 (N, C, H, W), N > 1."""
+        x = images.to(device).float().div_(255)
+        if not zca:
+            std, mean = torch.std_mean(x, (0, 2, 3))
+            return cls(mean[:, None, None], std.clamp_min(1e-4)[:, None, None])
+        x = x.flatten(1)
+        S, U = torch.linalg.eigh(torch.cov(x.T).double())
+        return cls(x.mean(0), (U / (S.clamp_min(0) + eps).sqrt() @ U.T).float())
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) -> float32 of that shape."""
+        def transform(x):
+            return ((x.flatten(1) - self.mean) @ self.scale).view_as(x) if self.zca else (x - self.mean) / self.scale
+        return torch.cat([transform(part.to(self.mean.device).float() / 255) for part in images.split(5000)])
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Network input (N, C, H, W) -> pixels, in [0, 1] for an image, not clamped."""
+        if self.zca:  # M is symmetric: z = (x - mean) M  <=>  M (x - mean)^T = z^T
+            return (self.mean + torch.linalg.solve(self.scale, z.flatten(1).T).T).view_as(z)
+        return z * self.scale + self.mean
+
+
+# ------------------------------------------------------------------------------------------------
+# Differentiable Siamese augmentation (DSA), script A in Eq. (2)
+# Zhao, Bilen: "Dataset condensation with differentiable Siamese augmentation", ICML 2021 [47]
+# Each function takes (N, C, H, W); every image draws its own parameters.
+# ------------------------------------------------------------------------------------------------
+
+def uniform(x: Tensor, low: float, high: float) -> Tensor:
+    """One number from U(low, high) for each image of x, (N,)."""
+    return torch.rand(len(x), dtype=x.dtype, device=x.device) * (high - low) + low
+
+
+def warp(x: Tensor, a, b, tx, c, d, ty, mode: str = "bilinear") -> Tensor:
+    """Samples x at (a u + b v + tx, c u + d v + ty), u, v in [-1, 1]; black outside. Arguments (N,)."""
+    matrix = torch.stack([a, b, tx, c, d, ty], 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=True)  # (N, H, W, 2)
+    return F.grid_sample(x, grid, mode, padding_mode="zeros", align_corners=True)
+
+
+def dsa_color(x: Tensor) -> Tensor:
+    """Brightness + U(-.5, .5), then saturation * U(0, 2), then contrast * U(.5, 1.5)."""
+    x = x + uniform(x, -.5, .5).view(-1, 1, 1, 1)
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * uniform(x, 0, 2).view(-1, 1, 1, 1)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return mean + (x - mean) * uniform(x, .5, 1.5).view(-1, 1, 1, 1)
+
+
+def dsa_crop(x: Tensor) -> Tensor:
+    """Shift by whole pixels, up to an eighth of the side in x and in y."""
+    reach, one = round(x.shape[-1] / 8), torch.ones(len(x), dtype=x.dtype, device=x.device)
+    dx, dy = (2 * torch.randint(-reach, reach + 1, (2, len(x)), device=x.device) / (x.shape[-1] - 1)).to(x.dtype)
+    return warp(x, one, 0 * one, dx, 0 * one, one, dy, mode="nearest")
+
+
+def dsa_cutout(x: Tensor) -> Tensor:
+    """Set a square of half the side to 0; its centre lies anywhere."""
+    side, hole = x.shape[-1], round(x.shape[-1] / 2)
+    pixel = torch.arange(side, device=x.device)
+    start = torch.randint(0, side + 1 - hole % 2, (2, len(x), 1), device=x.device) - hole // 2
+    rows, columns = (pixel >= start) & (pixel < start + hole)  # (N, side) each
+    return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+
+
+def dsa_flip(x: Tensor) -> Tensor:
+    """Left-right, with probability .5."""
+    return torch.where(uniform(x, 0, 1).view(-1, 1, 1, 1) < .5, x.flip(3), x)
+
+
+def dsa_scale(x: Tensor) -> Tensor:
+    """Zoom by U(1/1.2, 1.2), in x and in y independently."""
+    zero = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    return warp(x, uniform(x, 1 / 1.2, 1.2), zero, zero, zero, uniform(x, 1 / 1.2, 1.2), zero)
+
+
+def dsa_rotate(x: Tensor) -> Tensor:
+    """Rotate by U(-15, 15) degrees."""
+    angle = uniform(x, -math.pi / 12, math.pi / 12)
+    return warp(x, angle.cos(), -angle.sin(), 0 * angle, angle.sin(), angle.cos(), 0 * angle)
+
+
+DSA = [dsa_color, dsa_crop, dsa_cutout, dsa_flip, dsa_scale, dsa_rotate]
+
+
+def augment(x: Tensor) -> Tensor:
+    """Augments J mini-batches at once, (J, B, C, H, W): each draws one of the six groups for all its images.
+
+    Differentiable in x. Random numbers come from torch's global generators."""
+    group = torch.randint(len(DSA), (len(x),))  # drawn on the CPU, so that nothing waits for a GPU
+    order = group.argsort()
+    parts = x[order].split(group.bincount(minlength=len(DSA)).tolist())
+    done = [dsa(part.flatten(0, 1)).view_as(part) for dsa, part in zip(DSA, parts) if len(part)]
+    return torch.cat(done)[order.argsort()]
+
+
+# ------------------------------------------------------------------------------------------------
+# Networks. "Instance normalisation" is GroupNorm with one channel a group: no running statistics,
+# so a network is a pure function of its parameters.
+# ------------------------------------------------------------------------------------------------
+
+def plain_network(shape: tuple[int, int, int], classes: int, layers: list, norm: bool = True) -> nn.Module:
+    """Convolutions (width, kernel), each with instance normalisation and ReLU, and halvings "avg" or "max"."""
+    channels, side, _ = shape
+    modules = []
+    for layer in layers:
+        if isinstance(layer, str):
+            modules.append({"avg": nn.AvgPool2d, "max": nn.MaxPool2d}[layer](2))
+            side //= 2
+        else:
+            width, kernel = layer
+            modules += [nn.Conv2d(channels, width, kernel, padding=kernel // 2)]
+            modules += [nn.GroupNorm(width, width)] * norm + [nn.ReLU()]
+            channels = width
+    return nn.Sequential(*modules, nn.Flatten(), nn.Linear(channels * side * side, classes))
+
+
+class ResidualBlock(nn.Module):
+    """Basic block of ResNet [7] with instance normalisation."""
+
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+        def conv_norm(inputs, kernel, stride):
+            return [nn.Conv2d(inputs, width, kernel, stride, kernel // 2, bias=False), nn.GroupNorm(width, width)]
+        self.body = nn.Sequential(*conv_norm(channels, 3, stride), nn.ReLU(), *conv_norm(width, 3, 1))
+        self.shortcut = nn.Sequential(*(conv_norm(channels, 1, stride) if stride > 1 else []))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def convnet(shape, classes, width=128, depth=3) -> nn.Module:
+    """ConvNetD<depth>, the network of teachers and students (Section 4.1)."""
+    return plain_network(shape, classes, [(width, 3), "avg"] * depth)
+
+
+def alexnet(shape, classes) -> nn.Module:
+    """AlexNet [6] as this field uses it for small images: no stride, no normalisation, no dropout."""
+    layers = [(128, 5), "max", (192, 5), "max", (256, 3), (192, 3), (192, 3), "max"]
+    return plain_network(shape, classes, layers, norm=False)
+
+
+def vgg11(shape, classes) -> nn.Module:
+    """VGG11 [89]."""
+    widths = [64, "max", 128, "max", 256, 256, "max", 512, 512, "max", 512, 512, "max"]
+    return plain_network(shape, classes, [w if w == "max" else (w, 3) for w in widths])
+
+
+def resnet18(shape, classes) -> nn.Module:
+    """ResNet18 [7] for small images: a 3x3 stem without stride or pooling."""
+    stem = [nn.Conv2d(shape[0], 64, 3, padding=1, bias=False), nn.GroupNorm(64, 64), nn.ReLU()]
+    blocks = [ResidualBlock(*b) for b in [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2),
+                                          (256, 256, 1), (256, 512, 2), (512, 512, 1)]]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+
+
+ARCHITECTURES = {"convnet": convnet, "alexnet": alexnet, "vgg11": vgg11, "resnet18": resnet18}
+
+
+def default_depth(size: int) -> int:
+    """ConvNetD3 for 32 pixels a side, D4 for 64, D5 for 112 (Sections 4.2 and 4.5)."""
+    return max(1, round(math.log2(size)) - 2)
+
+
+def build(arch: str, data: Dataset, width: int = 128, depth: int = 3) -> nn.Module:
+    """A freshly initialised network for a dataset; width and depth are the ConvNet's. Raises UserError."""
+    halvings = {"convnet": depth, "alexnet": 3, "vgg11": 5, "resnet18": 3}[arch]
+    if data.shape[1] < 2 ** halvings:
+        raise UserError(f"{arch} needs images of {2 ** halvings} pixels a side or more, these have {data.shape[1]}")
+    options = {"width": width, "depth": depth} if arch == "convnet" else {}
+    return ARCHITECTURES[arch](data.shape, len(data.classes), **options)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training on a set of images: teachers, and the networks of the evaluation
+# ------------------------------------------------------------------------------------------------
+
+def train_epoch(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, batch: int) -> None:
+    """One pass over x (N, C, H, W), y (N,) in random mini-batches with DSA."""
+    for index in torch.randperm(len(x), device=x.device).split(batch):
+        loss = F.cross_entropy(net(augment(x[index][None])[0]), y[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Share of x that `net` classifies rightly, in per cent."""
+    hits = sum((net(a).argmax(1) == b).sum() for a, b in zip(x.split(1000), y.split(1000)))
+    return 100 * hits.item() / len(x)
+
+
+def train_teacher(net: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: tuple, thetas: Tensor | None = None,
+                  lr: float = 0.01, batch: int = 256, progress=lambda: None) -> Tensor:
+    """A teacher's trajectory theta_0 ... theta_epochs on the CPU, (epochs + 1, P), float32 (Section 3.1).
+
+    thetas: the beginning of the trajectory, to be continued. SGD without momentum has no state but theta
+    and each epoch has its own random stream, so it goes on exactly as if it had never stopped."""
+    snapshots = [parameters_to_vector(net.parameters()).detach().cpu()] if thetas is None else list(thetas)
+    vector_to_parameters(snapshots[-1].to(x.device), net.parameters())
+    optimizer = torch.optim.SGD(net.parameters(), lr)
+    for epoch in range(len(snapshots) - 1, epochs):
+        seed_all(*seed, "epoch", epoch)
+        train_epoch(net, optimizer, x, y, batch)
+        snapshots.append(parameters_to_vector(net.parameters()).detach().cpu())  # a copy, not a view
+        progress()
+    return torch.stack(snapshots)
+
+
+# ------------------------------------------------------------------------------------------------
+# IADD: Section 3, Algorithm 1
+# ------------------------------------------------------------------------------------------------
+
+def flat_loss(net: nn.Module):
+    """The cross-entropy of `net` as a pure function of its flat parameters: l(theta, x, y)."""
+    names, shapes = zip(*((name, p.shape) for name, p in net.named_parameters()))
+    sizes = [shape.numel() for shape in shapes]
+
+    def loss(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:  # (P,), (B, C, H, W), (B,) -> ()
+        parameters = {n: part.view(s) for n, part, s in zip(names, theta.split(sizes), shapes)}
+        return F.cross_entropy(torch.func.functional_call(net, parameters, (x,), strict=True), y)
+
+    return loss
+
+
+class StudentStep(torch.autograd.Function):
+    """One step of Eq. (2), theta - alpha grad l(theta, x, y), differentiable in theta, alpha and x.
+
+    Unrolling J such steps with create_graph=True would keep every activation of all of them. This keeps the
+    step's inputs only, and its backward pass runs the step again as one vector-Jacobian product: the same
+    gradients, with the memory of a single step."""
+
+    @staticmethod
+    def step(loss, theta, alpha, x, y):
+        return theta - alpha * torch.func.grad(loss)(theta, x, y)
+
+    @staticmethod
+    def forward(ctx, loss, theta, alpha, x, y):
+        ctx.loss = loss
+        ctx.save_for_backward(theta, alpha, x, y)
+        return StudentStep.step(loss, theta, alpha, x, y)
+
+    @staticmethod
+    def backward(ctx, v):
+        *inputs, y = ctx.saved_tensors
+        _, vjp = torch.func.vjp(lambda *inputs: StudentStep.step(ctx.loss, *inputs, y), *inputs)
+        return None, *vjp(v), None
+
+
+def iadd_loss(theta: Tensor, theta_start: Tensor, theta_target: Tensor, W: Tensor) -> Tensor:
+    """Eq. (9): ||W theta - W theta_target||^2 / ||theta_start - theta_target||^2, all (P,)."""
+    return (W * (theta - theta_target)).square().sum() / (theta_start - theta_target).square().sum()
+
+
+def random_segment(teachers: list[Tensor], K: int, max_start: int) -> tuple[Tensor, Tensor]:
+    """theta_i and theta_{i+K} of a random teacher, i uniform in [0, max_start)."""
+    teacher = teachers[torch.randint(len(teachers), ()).item()]  # (epochs + 1, P), in a file
+    i = torch.randint(max_start, ()).item()
+    return teacher[i], teacher[i + K]
+
+
+def minibatches(n: int, batch: int, J: int, device) -> Tensor:
+    """Indices of J mini-batches, (J, batch): every pass over the n images is a fresh permutation, cut."""
+    passes = math.ceil(J / (n // batch))
+    index = torch.rand(passes, n, device=device).argsort(1)
+    return index[:, :n // batch * batch].reshape(-1, batch)[:J]
+
+
+def iadd(net: nn.Module, images: Tensor, labels: Tensor, alpha: Tensor, W: Tensor, teachers: list[Tensor], *,
+         T: int, J: int, K: int, max_start: int, batch: int, lr_img: float, lr_alpha: float, lr_w: float):
+    """Algorithm 1. Updates images (N, C, H, W), alpha () and W (P,) in place; yields the loss T times.
+
+    With W.requires_grad == False the weights stay as they are: W = 1 is MTT."""
+    loss = flat_loss(net)
+    optimizer = torch.optim.SGD([  # paper silent on momentum: MTT's .5; W follows plain SGD (Section 4.1)
+        {"params": [alpha], "lr": lr_alpha, "momentum": 0.5},                           # Eq. (10)
+        {"params": [W], "lr": lr_w, "momentum": 0},                                     # Eq. (11)
+        {"params": [images], "lr": lr_img, "momentum": 0.5}])                           # Eq. (12)
+    for _ in range(T):                                                                  # line 3
+        theta_start, theta_target = (theta.to(images.device) for theta in random_segment(teachers, K, max_start))
+        theta = theta_start                                                             # lines 4, 5
+        index = minibatches(len(images), batch, J, images.device)                       # line 7, Eq. (1)
+        x, y = augment(images[index]), labels[index]                                    # A(b) of all J steps
+        for j in range(J):                                                              # lines 6-10
+            theta = StudentStep.apply(loss, theta, alpha, x[j], y[j])                   # line 8, Eq. (2)
+        matching_loss = iadd_loss(theta, theta_start, theta_target, W)                  # lines 11-13, Eq. (3)-(9)
+        optimizer.zero_grad()
+        matching_loss.backward()
+        optimizer.step()                                                                # line 14, Eq. (10)-(13)
+        yield matching_loss.item()
+
+
+def real_images(data: Dataset, normalise: Normalisation, ipc: int) -> tuple[Tensor, Tensor]:
+    """`ipc` random training images of each class, normalised, and their labels; class after class (line 1)."""
+    members = [torch.nonzero(data.train[1] == c)[:, 0] for c in range(len(data.classes))]
+    smallest = min(range(len(members)), key=lambda c: len(members[c]))
+    if ipc > len(members[smallest]):
+        raise UserError(f"IPC {ipc} is too large: class {data.classes[smallest]} has {len(members[smallest])} images")
+    index = torch.cat([member[torch.randperm(len(member))[:ipc]] for member in members])
+    images = normalise(data.train[0][index])
+    return images, data.train[1][index].to(images.device)
+
+
+def spread(W: Tensor) -> dict[str, float]:
+    """How far the importance weights have come from 1: minimum, 1 % quantile, median, mean."""
+    low, median = torch.quantile(W, torch.tensor([.01, .5], device=W.device)).tolist()
+    return {"W_min": W.min().item(), "W_1pct": low, "W_median": median, "W_mean": W.mean().item()}
+
+
+def save_grid(images: Tensor, normalise: Normalisation, columns: int, path: Path) -> None:
+    """The distilled images as a PNG, one class a row, back in pixels and enlarged to at least 96 a side."""
+    pixels = normalise.inverse(images).clamp(0, 1)
+    zoom = math.ceil(96 / images.shape[-1])
+    pixels = F.interpolate(pixels, scale_factor=zoom, mode="nearest")
+    torchvision.utils.save_image(pixels, path, nrow=columns, padding=4, pad_value=1.0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation: fresh networks on a small set of images (Section 4.1; paper silent: MTT's protocol)
+# ------------------------------------------------------------------------------------------------
+
+def train_network(net: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, batch: int = 256,
+                  progress=lambda: None) -> None:
+    """SGD with momentum .9, weight decay 5e-4 and DSA; the learning rate drops tenfold half-way."""
+    optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, epochs // 2)])
+    for _ in range(epochs):
+        train_epoch(net, optimizer, x, y, batch)
+        schedule.step()
+        progress()
+
+
+# ------------------------------------------------------------------------------------------------
+# The three commands
+# ------------------------------------------------------------------------------------------------
+
+def prepare(args: argparse.Namespace, preset_ipc: int) -> tuple[Dataset, dict, Path]:
+    """Fills in from the preset what the user did not type, and loads the data.
+
+    Returns the dataset, the settings that teachers and students must share, and the folder of their runs."""
+    known = (args.dataset,) in parse_table(TRAINING, 1)
+    name = args.preset or (args.dataset if known else "cifar10")
+    for key, value in preset(name, preset_ipc).items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    data = load_dataset(args.dataset, args.data_dir, args.size)
+    args.depth = args.depth or default_depth(data.shape[1])
+    print(f"{data.name}: {len(data.train[0])} training and {len(data.test[0])} test images, {data.shape[1]}x"
+          f"{data.shape[2]}x{data.shape[0]}, {len(data.classes)} classes; settings of {name} where none are given")
+    shared = {"dataset": data.name, "fingerprint": data.fingerprint(), "shape": list(data.shape), "zca": args.zca,
+              "width": args.width, "depth": args.depth}
+    return data, shared, args.runs / f"{data.name}_{'zca' if args.zca else 'std'}_convnet-d{args.depth}-w{args.width}"
+
+
+def describe(settings: dict) -> None:
+    print("settings: " + "  ".join(f"{key}={value}" for key, value in settings.items()))
+
+
+def command_for(args: argparse.Namespace, command: str, *options: str) -> str:
+    """The command that makes what is missing, to be shown in a message."""
+    names = ("dataset", "preset", "data_dir", "runs", "size", "width", "depth")
+    words = [f"--{n.replace('_', '-')} {getattr(args, n)}" for n in names if n in args.typed or n == "dataset"]
+    words += ["--zca" if args.zca else "--no-zca"] * ("zca" in args.typed)
+    return " ".join(["python iadd.py", command, *words, f"--ipc {args.ipc}", *options])
+
+
+def command_teachers(args: argparse.Namespace) -> None:
+    """Train teachers on the real data and keep their parameters after every epoch (Section 3.1)."""
+    shorten = args.epochs is None and args.ipc is not None
+    data, shared, folder = prepare(args, args.ipc or 1)
+    if shorten:  # the only epochs that distill with the preset of this IPC reads
+        args.epochs = args.max_start_epoch - 1 + args.expert_epochs
+    settings = {**shared, "lr_teacher": args.lr_teacher, "batch_real": args.batch_real, "seed": args.seed}
+    describe({"teachers": args.teachers, "epochs": args.epochs, **settings, "device": args.device})
+    paths = [folder / "teachers" / f"{k:03d}.pt" for k in range(args.teachers)]
+    done = dict.fromkeys(paths, 0)  # epochs
+    for path in filter(Path.exists, paths):
+        old = load(path, "thetas", "settings")
+        if wrong := differences(old["settings"], settings):
+            raise UserError(f"{path} was trained with {wrong}: choose another folder by --runs, or delete it")
+        done[path] = len(old["thetas"]) - 1
+    todo = [path for path in paths if done[path] < args.epochs]
+    print(f"{len(paths) - len(todo)} of {len(paths)} teachers are complete in {folder / 'teachers'}")
+    if not todo:
+        return
+    normalise = Normalisation.fit(data.train[0], args.zca, args.device)
+    (x, y), (x_test, y_test) = ((normalise(i), l.to(args.device)) for i, l in (data.train, data.test))
+    start = time.time()
+    with progress_bar(total=sum(args.epochs - done[path] for path in todo), unit="epoch") as bar:
+        for path in todo:
+            seed = (args.seed, "teacher", int(path.stem))
+            seed_all(*seed)
+            net = build("convnet", data, args.width, args.depth).to(args.device)
+            thetas = train_teacher(net, x, y, args.epochs, seed, load(path)["thetas"] if done[path] else None,
+                                   args.lr_teacher, args.batch_real, bar.update)
+            score = accuracy(net, x_test, y_test)
+            save({"thetas": thetas, "settings": settings, "test_accuracy": score}, path)
+            bar.set_postfix_str(f"teacher {path.stem} has {score:.1f} % test accuracy", refresh=False)
+    size = sum(path.stat().st_size for path in paths) / 1e6
+    print(f"{len(todo)} teachers trained in {time.time() - start:.0f} s, {peak_memory(args.device)}; the last has "
+          f"{score:.1f} % test accuracy; {len(paths)} take {size:.0f} MB of disk")
+
+
+def open_teachers(args: argparse.Namespace, shared: dict, folder: Path) -> list[Tensor]:
+    """The trajectories in `folder`, memory-mapped, (epochs + 1, P) each. Raises UserError if they do not fit."""
+    needed = args.max_start_epoch - 1 + args.expert_epochs
+    remedy = command_for(args, "teachers", f"--epochs {needed}")
+    teachers = []
+    for path in sorted(folder.glob("*.pt")):
+        content = load(path, "thetas", "settings")
+        if wrong := differences(content["settings"], shared):
+            raise UserError(f"{path} does not fit this run: it has {wrong}")
+        if (epochs := len(content["thetas"]) - 1) < needed:
+            raise UserError(f"{path} holds {epochs} epochs, but --max-start-epoch {args.max_start_epoch} with "
+                            f"--expert-epochs {args.expert_epochs} reads {needed}; run: {remedy}")
+        teachers.append(content["thetas"])
+    if not teachers:
+        raise UserError(f"no teachers in {folder}; run: {remedy}")
+    return teachers
+
+
+RESULT = ("images", "labels", "alpha", "W", "mean", "scale", "classes", "settings", "iteration")  # of a distilled file
+
+
+def command_distill(args: argparse.Namespace) -> None:
+    """Distil a dataset into a few images per class (Algorithm 1)."""
+    data, shared, folder = prepare(args, args.ipc)
+    n = args.ipc * len(data.classes)
+    args.batch = min(args.batch or n, n)
+    names = ("ipc", "method", "iterations", "steps", "expert_epochs", "max_start_epoch", "batch", "lr_img", "lr_alpha",
+             "alpha", "lr_w", "seed")
+    settings = {**shared, **{name: getattr(args, name) for name in names}}
+    describe({**settings, "device": args.device})
+    teachers = open_teachers(args, shared, folder / "teachers")
+    out = folder / f"ipc{args.ipc}_{args.method}_seed{args.seed}"
+    result = out / "distilled.pt"
+    if result.exists() and not args.restart:
+        old = load(result, *RESULT)
+        if wrong := differences(old["settings"], settings):
+            raise UserError(f"{result} was made with {wrong}: --restart overwrites it, --seed or --runs keeps both")
+        if old["iteration"] == args.iterations:
+            return print(f"{result} is there already; --restart makes it anew")
+
+    seed_all(args.seed, "distill")
+    normalise = Normalisation.fit(data.train[0], args.zca, args.device)
+    images, labels = real_images(data, normalise, args.ipc)                    # Algorithm 1, line 1
+    images.requires_grad_()
+    alpha = torch.tensor(args.alpha, device=args.device, requires_grad=True)   # line 2
+    net = build("convnet", data, args.width, args.depth).to(args.device)
+    W = torch.ones(teachers[0].shape[1], device=args.device, requires_grad=args.method == "iadd")
+
+    def checkpoint(iteration):
+        tensors = {"images": images, "labels": labels, "W": W, "mean": normalise.mean, "scale": normalise.scale}
+        save({**{key: value.detach().cpu() for key, value in tensors.items()}, "alpha": alpha.item(),
+              "classes": data.classes, "settings": settings, "iteration": iteration}, result)
+        save_grid(images.detach(), normalise, args.ipc, out / f"images_{iteration:05d}.png")
+
+    checkpoint(0)
+    print(f"{len(teachers)} teachers; the rows of {out}/images_*.png are {', '.join(data.classes)}")
+    steps = iadd(net, images, labels, alpha, W, teachers, T=args.iterations, J=args.steps, K=args.expert_epochs,
+                 max_start=args.max_start_epoch, batch=args.batch, lr_img=args.lr_img, lr_alpha=args.lr_alpha,
+                 lr_w=args.lr_w)
+    start = time.time()
+    with open(out / "log.csv", "w", newline="") as file, progress_bar(steps, total=args.iterations, unit="it") as bar:
+        log = csv.DictWriter(file, ["iteration", "seconds", "loss", "alpha", *spread(W)])
+        log.writeheader()
+        for t, loss in enumerate(bar, 1):
+            if not (math.isfinite(loss) and alpha > 0 and images.isfinite().all()):
+                raise UserError(f"{runaway(loss, alpha.item(), args)} (iteration {t}: loss {loss:.4g}, alpha "
+                                f"{alpha.item():.4g}); --restart begins anew, {result} is the last good checkpoint")
+            if t % 10 == 0 or t == args.iterations:
+                row = {"loss": loss, "alpha": alpha.item(), **spread(W.detach())}
+                bar.set_postfix_str(" ".join(f"{key} {value:.4g}" for key, value in row.items()), refresh=False)
+                log.writerow({"iteration": t, "seconds": round(time.time() - start, 2), **row})
+                file.flush()
+            if t % args.checkpoint_every == 0 or t == args.iterations:
+                checkpoint(t)
+    print(f"{args.iterations} iterations in {time.time() - start:.0f} s, {peak_memory(args.device)}; "
+          f"loss {loss:.4f}, alpha {args.alpha:g} -> {alpha.item():.5f}; {result}")
+
+
+def runaway(loss: float, alpha: float, args: argparse.Namespace) -> str:
+    """What to change when a distillation has diverged."""
+    if math.isfinite(loss) and alpha <= 0:
+        return f"alpha is no longer positive: lower --lr-alpha {args.lr_alpha:g} or --lr-img {args.lr_img:g}"
+    return f"the distillation diverged: lower --lr-img {args.lr_img:g}, or --alpha {args.alpha:g}"
+
+
+def command_eval(args: argparse.Namespace) -> None:
+    """Train fresh networks on the distilled images and test them on real ones."""
+    path, content = args.distilled, load(args.distilled, *RESULT) if args.distilled else None
+    for key in ("dataset", "ipc", "width", "depth", "zca"):  # a file from elsewhere brings its own settings
+        if content and getattr(args, key) is None:
+            setattr(args, key, content["settings"][key])
+    args.dataset, args.ipc = args.dataset or "cifar10", args.ipc or 1
+    data, _, folder = prepare(args, args.ipc)
+    path = path or folder / f"ipc{args.ipc}_{args.method}_seed{args.seed}" / "distilled.pt"
+    if "distilled" in args.on and not path.exists():
+        raise UserError(f"{path} does not exist; run: {command_for(args, 'distill')}")
+    if path.exists():
+        content = load(path, *RESULT)
+        if content["classes"] != data.classes or tuple(content["images"].shape[1:]) != data.shape:
+            raise UserError(f"{path} was distilled from other classes or image sizes than {data.name} has")
+        normalise = Normalisation(content["mean"].to(args.device), content["scale"].to(args.device))
+    else:
+        normalise = Normalisation.fit(data.train[0], args.zca, args.device)
+    sources = {"distilled": lambda: (content["images"].to(args.device), content["labels"].to(args.device)),
+               "random": lambda: real_images(data, normalise, args.ipc),  # drawn anew for each network
+               "full": functools.cache(lambda: (normalise(data.train[0]), data.train[1].to(args.device)))}
+    x_test, y_test = normalise(data.test[0]), data.test[1].to(args.device)
+    for arch, on in itertools.product(args.arch, args.on):  # whatever is wrong shows before hours of training
+        build(arch, data, args.width, args.depth), sources[on]()
+
+    print(f"\n{data.name}, IPC {args.ipc}: test accuracy after the last epoch, mean ± standard deviation\n"
+          f"{'trained on':<12}{'network':<10}{'accuracy':>14}{'networks':>10}{'epochs':>8}{'lr':>10}{'seconds':>9}")
+    for on, arch in itertools.product(args.on, args.arch):
+        epochs = args.eval_epochs or (args.epochs if on == "full" else 1000)
+        lr = args.lr or (content["alpha"] if on == "distilled" else args.lr_teacher)
+        start, scores = time.time(), []
+        with progress_bar(total=epochs * args.nets, desc=f"{arch} on {on}", unit="epoch", leave=False) as bar:
+            for k in range(args.nets):
+                seed_all(args.seed, "eval", on, arch, k)
+                net = build(arch, data, args.width, args.depth).to(args.device)
+                train_network(net, *sources[on](), epochs, lr, args.batch_real, bar.update)
+                scores.append(accuracy(net, x_test, y_test))
+        mean, std = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
+        seconds = time.time() - start
+        print(f"{on:<12}{arch:<10}{f'{mean:.1f} ± {std:.1f} %':>14}{args.nets:>10}{epochs:>8}{lr:>10.5f}{seconds:>9.0f}")
+        row = {"on": on, "arch": arch, "mean": mean, "std": std, "accuracies": scores, "epochs": epochs, "lr": lr,
+               "dataset": data.name, "ipc": args.ipc, "seed": args.seed, "seconds": round(seconds, 1)}
+        if on == "distilled":
+            row |= {"file": path.name, "iteration": content["iteration"], "settings": content["settings"]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.parent / "results.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+    print(f"appended to {path.parent / 'results.jsonl'}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+def at_least(low: float, kind: type = int, strict: bool = False):
+    """An argparse type: a finite number not below `low` (or above it, if strict)."""
+    def parse(text):
+        value = kind(text)
+        if not (value > low if strict else value >= low) or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if strict else 'at least'} {low}")
+        return value
+    parse.__name__ = "number"  # argparse: "invalid number value: 'x'"
+    return parse
+
+
+def a_device(text: str) -> torch.device:
+    try:
+        torch.zeros(1, device=text)
+        return torch.device(text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used here ({str(error).splitlines()[0]})") from None
+
+
+def make_parser() -> argparse.ArgumentParser:
+    whole, above_zero, zero_up = at_least(1), at_least(0, float, strict=True), at_least(0, float)
+    tables = f"settings of the presets ({{}}):\n{TRAINING}{MATCHING}"
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{teachers,distill,eval}")
+
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument_group("data and files").add_argument
+    add("--dataset", help="cifar10, cifar100, shapes, or a folder with train/<class>/* and test/<class>/* images "
+        "(default: cifar10)")
+    add("--preset", choices=[name for name, in parse_table(TRAINING, 1)],
+        help="dataset whose settings are used where none are given (default: the dataset itself; for a folder cifar10)")
+    add("--data-dir", type=Path, default=Path("data"), help="downloads and caches (default: data)")
+    add("--runs", type=Path, default=Path("runs"), help="where results are written (default: runs)")
+    add("--size", type=whole, help="side in pixels that a folder's images are resized to (default: as they are)")
+    add("--seed", type=int, default=0, help="of everything random (default: 0)")
+    add("--device", type=a_device, default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    add = shared.add_argument_group("the ConvNet").add_argument
+    add("--width", type=whole, help="channels of each convolution (default: preset, 128 in the paper)")
+    add("--depth", type=whole, help="convolution blocks (default: by image size: 3 for 32 pixels, 4 for 64, 5 for 112)")
+    add("--zca", action=argparse.BooleanOptionalAction, default=None,
+        help="whiten by ZCA, or normalise each channel (default: preset)")
+
+    def command(name, function):
+        text = function.__doc__
+        sub = commands.add_parser(name, parents=[shared], help=text, description=text, formatter_class=form,
+                                  epilog=tables.format("default < preset < what is typed"))
+        sub.set_defaults(function=function)
+        return sub, sub.add_argument_group(name).add_argument
+
+    teachers, add = command("teachers", command_teachers)
+    add("--teachers", type=whole, help="how many trajectories (default: preset, 200 in the paper for CIFAR)")
+    add("--epochs", type=whole, help="epochs of each (default: 50; with --ipc only those that distill reads)")
+    add("--ipc", type=whole, help="train only the epochs that distill with this IPC reads (default: all)")
+    add("--lr-teacher", type=above_zero, help="learning rate, plain SGD (default: preset, .01)")
+    add("--batch-real", type=whole, help="images a step (default: preset, 256)")
+
+    distill, add = command("distill", command_distill)
+    add("--ipc", type=whole, default=1, help="distilled images per class (default: 1)")
+    add("--method", choices=["iadd", "mtt"], default="iadd", help="mtt keeps the weights W at 1 (default: iadd)")
+    add("--iterations", type=whole, help="T, distillation iterations (default: preset, 5000 in the paper)")
+    add("--steps", type=whole, help="J, student steps an iteration (default: preset)")
+    add("--expert-epochs", type=whole, help="K, teacher epochs from start to target (default: preset)")
+    add("--max-start-epoch", type=whole, help="I+, students start at a teacher epoch below it (default: preset)")
+    add("--batch", type=whole, help="distilled images a student step (default: preset, mostly all; at most all)")
+    add("--lr-img", type=zero_up, help="learning rate of the images (default: preset)")
+    add("--lr-alpha", type=zero_up, help="learning rate of alpha (default: preset)")
+    add("--alpha", type=above_zero, help="alpha_0, the student's first learning rate (default: preset)")
+    add("--lr-w", type=zero_up, default=1e-4, help="learning rate of the weights W (default: 1e-4, Section 4.1)")
+    add("--checkpoint-every", type=whole, default=500, help="iterations between checkpoints (default: 500)")
+    add("--restart", action="store_true", help="overwrite a result that is there already")
+
+    evaluate, add = command("eval", command_eval)
+    add("--ipc", type=whole, help="distilled images per class (default: 1)")
+    add("--method", choices=["iadd", "mtt"], default="iadd", help="whose distilled file (default: iadd)")
+    add("--distilled", type=Path, metavar="FILE", help="a distilled file from elsewhere (default: the one in --runs)")
+    add("--on", nargs="+", choices=["distilled", "random", "full"], default=["distilled"],
+        help="distilled images, as many random real ones, or the whole training set (default: distilled)")
+    add("--arch", nargs="+", choices=list(ARCHITECTURES), default=["convnet"], help="networks to train (default: convnet)")
+    add("--nets", type=whole, default=5, help="networks of each kind, differently initialised (default: 5)")
+    add("--eval-epochs", type=whole, help="epochs of training (default: 1000; on the full set the preset's 50)")
+    add("--lr", type=above_zero, help="learning rate (default: the learned alpha; on real images the teachers')")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, 2 for what the user can mend, 130 if interrupted."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    defaults = vars(parser.parse_args([args.command]))
+    args.typed = [name for name, value in vars(args).items() if value != defaults[name]]
+    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if args.command != "eval":
+            args.dataset = args.dataset or "cifar10"
+        args.function(args)
+    except (UserError, OSError) as error:
+        print(f"iadd.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("iadd.py: interrupted; what has been written stays", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
