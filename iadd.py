@@ -94,8 +94,12 @@ class UserError(Exception):
 def parse_table(text: str, keys: int) -> dict[tuple, dict]:
     """One of the tables above as {(first `keys` columns): {column: value}}; a batch of "all" becomes None."""
     def value(word):
-        return {"all": None, "yes": True, "no": False}[word] if word in ("all", "yes", "no") else \
-            int(word) if word.isdigit() else float(word) if word[0] in ".0123456789" else word
+        for read in ({"all": None, "yes": True, "no": False}.__getitem__, int, float):
+            try:
+                return read(word)
+            except (KeyError, ValueError):
+                pass
+        return word
 
     header, *rows = [[value(word) for word in line.split()] for line in text.strip().splitlines()]
     return {tuple(row[:keys]): dict(zip(header[keys:], row[keys:])) for row in rows}
@@ -426,8 +430,8 @@ def plain_network(shape: tuple[int, int, int], classes: int, layers: list, norm:
             side //= 2
         else:
             width, kernel = layer
-            modules += [nn.Conv2d(channels, width, kernel, padding=kernel // 2)]
-            modules += [nn.GroupNorm(width, width)] * norm + [nn.ReLU()]
+            modules.append(nn.Conv2d(channels, width, kernel, padding=kernel // 2))
+            modules += [nn.GroupNorm(width, width), nn.ReLU()] if norm else [nn.ReLU()]
             channels = width
     return nn.Sequential(*modules, nn.Flatten(), nn.Linear(channels * side * side, classes))
 
@@ -481,7 +485,7 @@ def default_depth(size: int) -> int:
 
 def build(arch: str, data: Dataset, width: int = 128, depth: int = 3) -> nn.Module:
     """A freshly initialised network for a dataset; width and depth are the ConvNet's. Raises UserError."""
-    halvings = {"convnet": depth, "alexnet": 3, "vgg11": 5, "resnet18": 3}[arch]
+    halvings = {"convnet": depth, "alexnet": 3, "vgg11": 5, "resnet18": 4}[arch]
     if data.shape[1] < 2 ** halvings:
         raise UserError(f"{arch} needs images of {2 ** halvings} pixels a side or more, these have {data.shape[1]}")
     options = {"width": width, "depth": depth} if arch == "convnet" else {}
@@ -514,8 +518,9 @@ def train_teacher(net: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: tuple
 
     thetas: the beginning of the trajectory, to be continued. SGD without momentum has no state but theta
     and each epoch has its own random stream, so it goes on exactly as if it had never stopped."""
+    if thetas is not None:  # copy: vector_to_parameters makes the live weights views of its argument
+        vector_to_parameters(thetas[-1].to(x.device, copy=True), net.parameters())
     snapshots = [parameters_to_vector(net.parameters()).detach().cpu()] if thetas is None else list(thetas)
-    vector_to_parameters(snapshots[-1].to(x.device), net.parameters())
     optimizer = torch.optim.SGD(net.parameters(), lr)
     for epoch in range(len(snapshots) - 1, epochs):
         seed_all(*seed, "epoch", epoch)
@@ -789,7 +794,7 @@ def command_distill(args: argparse.Namespace) -> None:
             if t % 10 == 0 or t == args.iterations:
                 row = {"loss": loss, "alpha": alpha.item(), **spread(W.detach())}
                 bar.set_postfix_str(" ".join(f"{key} {value:.4g}" for key, value in row.items()), refresh=False)
-                log.writerow({"iteration": t, "seconds": round(time.time() - start, 2), **row})
+                log.writerow({"iteration": t, "seconds": f"{time.time() - start:.2f}", **row})
                 file.flush()
             if t % args.checkpoint_every == 0 or t == args.iterations:
                 checkpoint(t)
@@ -806,20 +811,20 @@ def runaway(loss: float, alpha: float, args: argparse.Namespace) -> str:
 
 def command_eval(args: argparse.Namespace) -> None:
     """Train fresh networks on the distilled images and test them on real ones."""
-    path, content = args.distilled, load(args.distilled, *RESULT) if args.distilled else None
+    content = load(args.distilled, *RESULT) if args.distilled else None
     for key in ("dataset", "ipc", "width", "depth", "zca"):  # a file from elsewhere brings its own settings
         if content and getattr(args, key) is None:
-            setattr(args, key, content["settings"][key])
+            setattr(args, key, content["settings"].get(key))
     args.dataset, args.ipc = args.dataset or "cifar10", args.ipc or 1
     data, _, folder = prepare(args, args.ipc)
-    path = path or folder / f"ipc{args.ipc}_{args.method}_seed{args.seed}" / "distilled.pt"
-    if "distilled" in args.on and not path.exists():
-        raise UserError(f"{path} does not exist; run: {command_for(args, 'distill')}")
+    path = args.distilled or folder / f"ipc{args.ipc}_{args.method}_seed{args.seed}" / "distilled.pt"
     if path.exists():
-        content = load(path, *RESULT)
+        content = content or load(path, *RESULT)
         if content["classes"] != data.classes or tuple(content["images"].shape[1:]) != data.shape:
             raise UserError(f"{path} was distilled from other classes or image sizes than {data.name} has")
         normalise = Normalisation(content["mean"].to(args.device), content["scale"].to(args.device))
+    elif "distilled" in args.on:
+        raise UserError(f"{path} does not exist; run: {command_for(args, 'distill')}")
     else:
         normalise = Normalisation.fit(data.train[0], args.zca, args.device)
     sources = {"distilled": lambda: (content["images"].to(args.device), content["labels"].to(args.device)),

@@ -1,0 +1,783 @@
+"""Tests of iadd.py: the method against plain references, the parts against what the paper and the literature
+state, and every command through the command line. Run: pytest -q"""
+import csv
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn.utils import parameters_to_vector
+
+import iadd
+from iadd import Dataset, Normalisation, StudentStep, UserError, main
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def tiny_problem(dtype=torch.float64, J=4, B=3):
+    """A small ConvNet, J mini-batches, alpha, W and a teacher segment, all differentiable leaves."""
+    torch.manual_seed(0)
+    net = iadd.convnet((3, 8, 8), 3, width=4, depth=2).to(DEVICE, dtype)
+    theta = parameters_to_vector(net.parameters()).detach()
+    target = theta + 0.05 * torch.randn_like(theta)
+    x = torch.randn(J, B, 3, 8, 8, dtype=dtype, device=DEVICE, requires_grad=True)
+    y = torch.randint(3, (J, B), device=DEVICE)
+    alpha = torch.tensor(0.3, dtype=dtype, device=DEVICE, requires_grad=True)
+    W = (1 + 0.1 * torch.rand_like(theta)).requires_grad_()
+    return net, theta, target, x, y, alpha, W
+
+
+def unroll(loss, theta, alpha, x, y):
+    for x_j, y_j in zip(x, y):
+        theta = StudentStep.apply(loss, theta, alpha, x_j, y_j)
+    return theta
+
+
+def plain_unroll(loss, theta, alpha, x, y):
+    """The reference: MTT's way, an ordinary graph through all steps."""
+    theta = theta.clone().requires_grad_()
+    for x_j, y_j in zip(x, y):
+        gradient, = torch.autograd.grad(loss(theta, x_j, y_j), theta, create_graph=True)
+        theta = theta - alpha * gradient
+    return theta
+
+
+# ---- the method -----------------------------------------------------------------------------------
+
+def test_gradients_equal_those_of_the_plain_unroll():
+    net, theta, target, x, y, alpha, W = tiny_problem()
+    loss, leaves = iadd.flat_loss(net), (x, alpha, W)
+    ours = iadd.iadd_loss(unroll(loss, theta, alpha, x, y), theta, target, W)
+    reference = iadd.iadd_loss(plain_unroll(loss, theta, alpha, x, y), theta, target, W)
+    assert torch.allclose(ours, reference, rtol=1e-12)
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(reference, leaves)):
+        assert b.abs().max() > 1e-6  # the comparison is of something
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_equal_finite_differences():
+    net, theta, target, x, y, alpha, W = tiny_problem(J=3)
+    loss = iadd.flat_loss(net)
+
+    def f(x, alpha, W):
+        return iadd.iadd_loss(unroll(loss, theta, alpha, x, y), theta, target, W)
+
+    gradients = torch.autograd.grad(f(x, alpha, W), (x, alpha, W))
+    for k, gradient in enumerate(gradients):
+        leaves = [leaf.detach() for leaf in (x, alpha, W)]
+        direction = torch.randn_like(leaves[k])
+        ends = []
+        for sign in (1, -1):
+            moved = list(leaves)
+            moved[k] = leaves[k] + sign * 1e-6 * direction
+            ends.append(f(*moved))
+        slope = (ends[0] - ends[1]) / 2e-6
+        assert torch.allclose(slope, (gradient * direction).sum(), rtol=1e-5), k
+
+
+def test_one_step_is_plain_sgd():
+    net, theta, _, x, y, alpha, _ = tiny_problem(torch.float32)
+    ours = StudentStep.apply(iadd.flat_loss(net), theta, alpha, x[0], y[0])
+    optimizer = torch.optim.SGD(net.parameters(), alpha.item())
+    F.cross_entropy(net(x[0]), y[0]).backward()
+    optimizer.step()
+    assert torch.allclose(ours, parameters_to_vector(net.parameters()), atol=1e-6)
+
+
+def test_loss_by_hand():  # Eq. (9)
+    theta, start, target = torch.tensor([1., 2., 3.]), torch.tensor([0., 0., 0.]), torch.tensor([2., 2., 1.])
+    W = torch.tensor([1., 5., .5], requires_grad=True)
+    loss = iadd.iadd_loss(theta, start, target, W)
+    assert loss.item() == pytest.approx((1 + 0 + 1) / (4 + 4 + 1))
+    loss.backward()  # 2 w d^2 / D: never negative, so plain SGD can only lower the weights
+    assert W.grad.tolist() == pytest.approx([2 * 1 * 1 / 9, 0, 2 * .5 * 4 / 9])
+
+
+def run_iadd(W=None, method_mtt=False, T=3, lr_w=0.0, seed=1):
+    torch.manual_seed(seed)
+    net = iadd.convnet((3, 8, 8), 3, width=4, depth=2).to(DEVICE)
+    P = sum(p.numel() for p in net.parameters())
+    teachers = [torch.randn(4, P).cumsum(0) * 0.1 for _ in range(2)]
+    images = torch.randn(6, 3, 8, 8).to(DEVICE).requires_grad_()
+    labels = torch.arange(3).repeat_interleave(2).to(DEVICE)
+    alpha = torch.tensor(0.05, device=DEVICE, requires_grad=True)
+    W = torch.ones(P, device=DEVICE, requires_grad=not method_mtt)
+    losses = list(iadd.iadd(net, images, labels, alpha, W, teachers, T=T, J=3, K=2, max_start=2, batch=4,
+                            lr_img=1.0, lr_alpha=1e-4, lr_w=lr_w))
+    return images.detach().cpu(), alpha.item(), W.detach().cpu(), losses, (net, teachers, labels)
+
+
+def test_uniform_weights_are_mtt():
+    """W = 1 gives the images and alpha of an independent MTT loop, to rounding."""
+    images, alpha, W, losses, (net, teachers, labels) = run_iadd(method_mtt=True)
+    assert (W == 1).all()
+    same = run_iadd(lr_w=0.0)
+    assert torch.equal(images, same[0]) and alpha == same[1]
+
+    torch.manual_seed(1)  # the same random numbers once more, through a loop written the plain way
+    net = iadd.convnet((3, 8, 8), 3, width=4, depth=2).to(DEVICE)
+    torch.randn(4, teachers[0].shape[1]), torch.randn(4, teachers[0].shape[1])
+    x_syn = torch.randn(6, 3, 8, 8).to(DEVICE).requires_grad_()
+    lr = torch.tensor(0.05, device=DEVICE, requires_grad=True)
+    optimizer_x, optimizer_lr = torch.optim.SGD([x_syn], 1.0, 0.5), torch.optim.SGD([lr], 1e-4, 0.5)
+    loss = iadd.flat_loss(net)
+    for _ in range(3):
+        start, target = (t.to(DEVICE) for t in iadd.random_segment(teachers, 2, 2))
+        index = iadd.minibatches(6, 4, 3, DEVICE)
+        theta = plain_unroll(loss, start, lr, iadd.augment(x_syn[index]), labels[index])
+        total = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
+        for optimizer in (optimizer_x, optimizer_lr):
+            optimizer.zero_grad()
+        total.backward()
+        for optimizer in (optimizer_x, optimizer_lr):
+            optimizer.step()
+    assert torch.allclose(images, x_syn.detach().cpu(), atol=1e-5)
+    assert alpha == pytest.approx(lr.item(), abs=1e-7)
+
+
+def test_weights_learn_and_only_shrink():
+    images, alpha, W, losses, _ = run_iadd(lr_w=10.0)
+    assert W.max() <= 1 and W.min() < 0.99
+    assert alpha != 0.05 and len(losses) == 3
+
+
+def test_unroll_keeps_no_activations():
+    """What the unroll keeps for its backward pass is theta, alpha, x and y of each step, and nothing else."""
+    net, theta, _, x, y, alpha, _ = tiny_problem(torch.float32, J=10)
+    node = unroll(iadd.flat_loss(net), theta, alpha, x.unbind(), y).grad_fn
+    for j in reversed(range(10)):
+        kept = node.saved_tensors
+        assert [t.shape for t in kept] == [theta.shape, alpha.shape, x[j].shape, y[j].shape]
+        previous, *others = (n for n, _ in node.next_functions if n is not None)
+        assert len(node.next_functions) == 4 and all("StudentStep" not in n.name() for n in others)
+        node = previous
+
+
+def test_minibatches_are_fresh_permutations():
+    index = iadd.minibatches(10, 5, 7, DEVICE)
+    assert index.shape == (7, 5)
+    assert sorted(index[:2].flatten().tolist()) == sorted(index[2:4].flatten().tolist()) == list(range(10))
+    assert index[0].tolist() != index[2].tolist()
+    assert iadd.minibatches(10, 10, 3, DEVICE).shape == (3, 10)
+    index = iadd.minibatches(10, 4, 4, DEVICE)  # 10 = 4 + 4 + a rest of 2, which is left out of the pass
+    assert len(set(index[:2].flatten().tolist())) == 8
+
+
+def test_segments_cover_the_allowed_epochs():
+    teachers = [torch.arange(6.)[:, None] + 10 * n for n in range(3)]
+    seen = {tuple(t.item() for t in iadd.random_segment(teachers, 2, 4)) for _ in range(400)}
+    assert seen == {(10. * n + i, 10. * n + i + 2) for n in range(3) for i in range(4)}
+
+
+# ---- networks, presets ----------------------------------------------------------------------------
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_parameter_counts():
+    assert count(iadd.convnet((3, 32, 32), 10)) == 320_010  # stated in the paper, Section 1
+    assert count(iadd.convnet((3, 32, 32), 100)) == 504_420
+    assert count(iadd.convnet((3, 64, 64), 200, depth=4)) == 857_160
+    assert count(iadd.alexnet((3, 32, 32), 10)) == 1_872_202
+    assert count(iadd.vgg11((3, 32, 32), 10)) == 9_231_114
+    assert count(iadd.resnet18((3, 32, 32), 10)) == 11_173_962
+
+
+@pytest.mark.parametrize("arch", iadd.ARCHITECTURES)
+@pytest.mark.parametrize("channels, size", [(1, 32), (3, 64), (1, 112)])
+def test_networks_take_all_sizes(arch, channels, size):
+    images = torch.zeros(1, channels, size, size, dtype=torch.uint8)
+    data = Dataset("x", ["a", "b"], (images, torch.zeros(1)), (images, torch.zeros(1)))
+    net = iadd.build(arch, data, width=8, depth=iadd.default_depth(size))
+    assert net(torch.randn(2, channels, size, size)).shape == (2, 2)
+
+
+def test_networks_are_pure_functions_of_their_parameters():
+    for make in (iadd.alexnet, iadd.vgg11, iadd.resnet18):
+        assert not list(make((3, 32, 32), 10).buffers())
+
+
+def test_depth_by_image_size():
+    assert [iadd.default_depth(s) for s in (28, 32, 64, 112, 128)] == [3, 3, 4, 5, 5]
+
+
+def test_presets():
+    row = iadd.preset("cifar10", 1)
+    assert (row["steps"], row["expert_epochs"], row["max_start_epoch"]) == (50, 2, 2)
+    assert (row["lr_img"], row["lr_alpha"], row["alpha"], row["batch"], row["zca"]) == (100, 1e-7, .01, None, True)
+    assert (row["teachers"], row["epochs"], row["iterations"], row["width"]) == (200, 50, 5000, 128)
+    assert iadd.preset("cifar10", 50)["zca"] is False and iadd.preset("cifar100", 50)["batch"] == 125
+    assert iadd.preset("cifar10", 20) == iadd.preset("cifar10", 10) != iadd.preset("cifar10", 9)
+    assert iadd.preset("covid", 1) == iadd.preset("covid", 20)  # none smaller: the smallest
+
+
+# ---- normalisation --------------------------------------------------------------------------------
+
+def correlated_images(n=500, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    base = torch.rand(n, 1, 4, 4, generator=g)
+    return ((base + 0.3 * torch.rand(n, 3, 4, 4, generator=g)) / 1.3 * 255).to(torch.uint8)
+
+
+def test_zca_whitens():
+    images = correlated_images()
+    normalise = Normalisation.fit(images, zca=True)
+    z = normalise(images)
+    assert z.mean(0).abs().max() < 1e-5
+    S = torch.linalg.eigvalsh(torch.cov((images.flatten(1).double() / 255).T))
+    whitened = torch.linalg.eigvalsh(torch.cov(z.flatten(1).double().T))
+    assert torch.allclose(whitened, S / (S + 0.1), atol=1e-5)  # exactly so for M = U diag(1/sqrt(S + .1)) U^T
+    assert torch.allclose(normalise.scale, normalise.scale.T, atol=1e-5)
+    almost_white = Normalisation.fit(images, zca=True, eps=1e-7)(images)
+    assert torch.allclose(torch.cov(almost_white.flatten(1).T), torch.eye(48), atol=1e-2)
+
+
+@pytest.mark.parametrize("zca", [True, False])
+def test_normalisation_inverts_and_is_fitted_on_training_images_alone(zca):
+    train, test = correlated_images(), 255 - correlated_images(100, seed=1) // 2
+    normalise = Normalisation.fit(train, zca)
+    z = normalise(test)
+    assert torch.allclose(normalise.inverse(z), test.float() / 255, atol=1e-4)
+    assert z.mean() > 0.3  # brighter than the training images: no centring of its own
+
+
+def test_channel_normalisation():
+    images = correlated_images()
+    z = Normalisation.fit(images, zca=False)(images)
+    assert torch.allclose(z.mean((0, 2, 3)), torch.zeros(3), atol=1e-4)
+    assert torch.allclose(z.std((0, 2, 3)), torch.ones(3), atol=1e-4)
+    constant = torch.full((4, 1, 4, 4), 7, dtype=torch.uint8)
+    assert Normalisation.fit(constant, zca=False)(constant).isfinite().all()
+
+
+# ---- DSA ------------------------------------------------------------------------------------------
+
+N = 400
+
+
+def coordinates(n=N, size=33):
+    """Images whose two channels hold each pixel's own x and y in [-1, 1], so that a warp can be read off."""
+    grid = torch.linspace(-1, 1, size)
+    return torch.stack([grid.expand(size, size), grid[:, None].expand(size, size)]).repeat(n, 1, 1, 1)
+
+
+def fitted_matrices(warped, size=33):
+    """The 2x3 matrix of each warp, by least squares over the pixels near the middle (never outside)."""
+    middle = slice(size // 2 - 5, size // 2 + 6)
+    source = coordinates(1, size)[0][:, middle, middle].flatten(1)
+    design = torch.cat([source, torch.ones(1, source.shape[1])]).T
+    return (torch.linalg.pinv(design) @ warped[:, :, middle, middle].flatten(2).mT).mT  # (n, 2, 3)
+
+
+def test_dsa_scale():
+    matrices = fitted_matrices(iadd.dsa_scale(coordinates()))
+    sx, sy = matrices[:, 0, 0], matrices[:, 1, 1]
+    for s in (sx, sy):
+        assert 1 / 1.2 - 1e-4 <= s.min() < 0.87 and 1.16 < s.max() <= 1.2 + 1e-4
+    assert abs(np.corrcoef(sx, sy)[0, 1]) < 0.2  # independent
+    assert matrices[:, [0, 1], [1, 0]].abs().max() < 1e-4 and matrices[:, :, 2].abs().max() < 1e-4
+
+
+def test_dsa_rotate():
+    matrices = fitted_matrices(iadd.dsa_rotate(coordinates()))
+    angle = torch.rad2deg(torch.atan2(matrices[:, 1, 0], matrices[:, 0, 0]))
+    assert -15.01 <= angle.min() < -13 and 13 < angle.max() <= 15.01
+    assert torch.allclose(torch.linalg.det(matrices[:, :, :2]), torch.ones(N), atol=1e-3)  # no scaling
+    assert len(angle.unique()) > N * .9
+
+
+def test_dsa_crop():
+    x = torch.rand(N, 3, 32, 32)
+    y = iadd.dsa_crop(x)
+    shifts = set()
+    for a, b in zip(x, y):
+        padded = F.pad(a, (4, 4, 4, 4))
+        dx, dy = next((dx, dy) for dx in range(-4, 5) for dy in range(-4, 5)
+                      if torch.equal(padded[:, 4 + dy:36 + dy, 4 + dx:36 + dx], b))  # exact pixels, zero fill
+        shifts.add((dx, dy))
+    assert {s for s, _ in shifts} == {s for _, s in shifts} == set(range(-4, 5)) and len(shifts) > 60
+    assert torch.equal(iadd.dsa_crop(torch.ones(200, 1, 64, 64)).sum((1, 2, 3)).min(), torch.tensor(56. * 56))
+
+
+def test_dsa_cutout():
+    y = iadd.dsa_cutout(torch.ones(N, 3, 32, 32))
+    assert (y == y[:, :1]).all()  # the same hole in each channel
+    rows, columns = ((1 - y[:, 0]).amax(axis) for axis in (2, 1))
+    heights, widths = rows.sum(1), columns.sum(1)
+    assert torch.equal((1 - y[:, 0]).sum((1, 2)), heights * widths)  # a rectangle
+    assert heights.max() == widths.max() == 16 and heights.min() == widths.min() == 8  # centre on the border
+    assert len(set(zip(heights.tolist(), widths.tolist()))) > 20
+
+
+def test_dsa_flip():
+    x = torch.rand(N, 3, 8, 8)
+    y = iadd.dsa_flip(x)
+    flipped = torch.tensor([torch.equal(b, a.flip(2)) for a, b in zip(x, y)])
+    same = torch.tensor([torch.equal(b, a) for a, b in zip(x, y)])
+    assert (flipped ^ same).all() and 0.4 < flipped.float().mean() < 0.6
+
+
+def test_dsa_color():
+    x = torch.rand(1, 3, 16, 16).repeat(N, 1, 1, 1)
+    y = iadd.dsa_color(x)
+    brightness = (y.mean((1, 2, 3)) - x.mean((1, 2, 3)))  # saturation and contrast keep the mean
+    assert -.5 - 1e-5 <= brightness.min() < -.4 and .4 < brightness.max() <= .5 + 1e-5
+    grey_x, grey_y = x.mean(1), y.mean(1)
+    contrast = grey_y.flatten(1).std(1) / grey_x.flatten(1).std(1)  # saturation keeps the grey image
+    assert .5 - 1e-4 <= contrast.min() < .6 and 1.4 < contrast.max() <= 1.5 + 1e-4
+    saturation = (y - grey_y[:, None]).std((1, 2, 3)) / (x - grey_x[:, None]).std((1, 2, 3)) / contrast
+    assert 0 <= saturation.min() < .1 and 1.9 < saturation.max() <= 2 + 1e-4
+
+
+@pytest.mark.parametrize("dsa", iadd.DSA, ids=lambda f: f.__name__)
+def test_dsa_gradient(dsa):
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64, device=DEVICE, requires_grad=True)
+
+    def f(x):
+        torch.manual_seed(3)
+        return dsa(x)
+
+    assert f(x).shape == x.shape and f(x).dtype == x.dtype
+    assert torch.autograd.gradcheck(f, x)
+
+
+def test_augment_draws_one_group_a_batch_and_keeps_the_order(monkeypatch):
+    monkeypatch.setattr(iadd, "DSA", [lambda x, k=k: x * 0 + x.mean((1, 2, 3), keepdim=True) + 100 * k for k in range(6)])
+    x = torch.arange(60.).view(60, 1, 1, 1, 1).expand(60, 4, 3, 2, 2)
+    y = iadd.augment(x)
+    group = (y - x) / 100
+    assert (group == group[:, :1, :1, :1, :1]).all() and group.unique().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_augment_is_differentiable_random_and_seeded():
+    x = torch.rand(12, 5, 3, 16, 16, device=DEVICE, requires_grad=True)
+    torch.manual_seed(0)
+    first = iadd.augment(x)
+    torch.manual_seed(0)
+    assert torch.equal(first, iadd.augment(x)) and not torch.equal(first, iadd.augment(x))
+    first.sum().backward()
+    assert (x.grad.abs().sum((1, 2, 3, 4)) > 0).all()
+
+
+# ---- teachers -------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def shapes():
+    data = iadd.make_shapes(train=20, test=5)
+    return data, Normalisation.fit(data.train[0], zca=False, device=DEVICE)
+
+
+def test_snapshots_do_not_alias_the_live_weights(shapes):
+    data, normalise = shapes
+    net = iadd.convnet(data.shape, 10, width=4).to(DEVICE)
+    initial = parameters_to_vector(net.parameters()).detach().cpu().clone()
+    thetas = iadd.train_teacher(net, normalise(data.train[0]), data.train[1].to(DEVICE), 3, (0, "t"), batch=50)
+    assert thetas.shape == (4, count(net)) and thetas.dtype == torch.float32 and thetas.device.type == "cpu"
+    assert torch.equal(thetas[0], initial) and torch.equal(thetas[3], parameters_to_vector(net.parameters()).cpu())
+    moved = (thetas[1:] - thetas[:-1]).norm(dim=1)
+    assert (moved > 1e-3).all()
+
+
+def test_a_trajectory_goes_on_as_if_it_had_never_stopped(shapes):
+    data, normalise = shapes
+    x, y = normalise(data.train[0]), data.train[1].to(DEVICE)
+
+    def net():
+        torch.manual_seed(5)
+        return iadd.convnet(data.shape, 10, width=4).to(DEVICE)
+
+    whole = iadd.train_teacher(net(), x, y, 3, (0, "t"))
+    part = iadd.train_teacher(net(), x, y, 1, (0, "t"))
+    assert torch.equal(iadd.train_teacher(net(), x, y, 3, (0, "t"), part), whole) or DEVICE == "cuda"
+
+
+def test_random_streams_differ():
+    starts = set()
+    for key in [(0, "teacher", 0), (0, "teacher", 1), (1, "teacher", 0), (0, "eval", "random", "convnet", 0)]:
+        iadd.seed_all(*key)
+        starts.add(torch.rand(()).item())
+    assert len(starts) == 4
+
+
+# ---- datasets -------------------------------------------------------------------------------------
+
+def test_shapes_are_seeded():
+    a, b, c = iadd.make_shapes(5, 2), iadd.make_shapes(5, 2), iadd.make_shapes(5, 2, seed=1)
+    assert torch.equal(a.train[0], b.train[0]) and not torch.equal(a.train[0], c.train[0])
+    assert a.shape == (3, 32, 32) and len(a.classes) == 10 and a.train[1].bincount().tolist() == [5] * 10
+    assert a.fingerprint() == b.fingerprint() != c.fingerprint()
+
+
+def make_folder(root, classes=("cat", "dog", "emu"), train=6, test=3, size=32, mode="RGB"):
+    rng = np.random.default_rng(0)
+    for split, n in (("train", train), ("test", test)):
+        for c, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for k in range(n):
+                pixels = rng.integers(0, 100, (size, size, 3), dtype=np.uint8) + np.uint8(50 * c)
+                Image.fromarray(pixels).convert(mode).save(root / split / name / f"{k}.png")
+    return root
+
+
+def test_folder(tmp_path, capsys):
+    root = make_folder(tmp_path / "pets")
+    (root / "train" / "cat" / ".DS_Store").write_bytes(b"x")
+    Image.new("L", (32, 32), 99).save(root / "train" / "cat" / "9.png")  # a grey one among colour
+    data = iadd.load_dataset(str(root), tmp_path / "data")
+    assert data.name == "pets" and data.classes == ["cat", "dog", "emu"] and data.shape == (3, 32, 32)
+    assert data.train[1].tolist() == [0] * 7 + [1] * 6 + [2] * 6 and len(data.test[0]) == 9
+    original = torch.from_numpy(np.array(Image.open(root / "train" / "dog" / "0.png"))).permute(2, 0, 1)
+    assert torch.equal(data.train[0][7], original) and (data.train[0][6] == 99).all()
+    assert "reading" in capsys.readouterr().err
+    again = iadd.load_dataset(str(root), tmp_path / "data")
+    assert "reading" not in capsys.readouterr().err and torch.equal(again.train[0], data.train[0])
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(root / "train" / "dog" / "0.png")  # a changed file is noticed
+    assert iadd.load_dataset(str(root), tmp_path / "data").train[0][7, :, 0, 0].tolist() == [1, 2, 3]
+    small = iadd.load_dataset(str(root), tmp_path / "data", size=8)
+    assert small.shape == (3, 8, 8) and small.name == "pets-8px"
+
+
+def test_greyscale_folder(tmp_path):
+    data = iadd.load_dataset(str(make_folder(tmp_path / "x", mode="L")), tmp_path / "data")
+    assert data.shape == (1, 32, 32)
+
+
+class FakeCifar:
+    """Stands in for torchvision's CIFAR10, which needs a download."""
+    classes = ["a", "b"]
+
+    def __init__(self, root, train, download):
+        assert download
+        n = 4 if train else 2
+        self.data = np.arange(n * 32 * 32 * 3).reshape(n, 32, 32, 3).astype(np.uint8)
+        self.targets = [0, 1] * (n // 2)
+
+
+def test_cifar(monkeypatch, tmp_path):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCifar)
+    data = iadd.load_dataset("cifar10", tmp_path)
+    assert data.shape == (3, 32, 32) and len(data.train[0]) == 4 and len(data.test[0]) == 2
+    assert data.train[0][0, :, 0, 0].tolist() == [0, 1, 2] and data.train[1].tolist() == [0, 1, 0, 1]
+
+
+def test_real_images_are_of_their_class_and_distinct(shapes):
+    data, normalise = shapes
+    images, labels = iadd.real_images(data, normalise, 3)
+    assert labels.tolist() == [c for c in range(10) for _ in range(3)]
+    every = normalise(data.train[0])
+    matches = [torch.nonzero((every == image).flatten(1).all(1))[:, 0].tolist() for image in images]
+    assert all(len(m) == 1 and data.train[1][m[0]] == label for m, label in zip(matches, labels))
+    assert len({m[0] for m in matches}) == 30
+
+
+# ---- the command line -----------------------------------------------------------------------------
+
+def command(*words):
+    return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished small run on a folder of 32 x 32 images: teachers, distil, the options and the folders."""
+    tmp = tmp_path_factory.mktemp("run")
+    root = make_folder(tmp / "pets", train=12)
+    options = ["--dataset", root, "--data-dir", tmp / "data", "--runs", tmp / "runs", "--width", 4]
+    assert command("teachers", *options, "--teachers", 2, "--ipc", 1) == 0
+    assert command("distill", *options, "--iterations", 12, "--steps", 3, "--checkpoint-every", 5) == 0
+    folder = tmp / "runs" / "pets_zca_convnet-d3-w4"
+    return tmp, options, folder, folder / "ipc1_iadd_seed0"
+
+
+def test_files_of_a_run(run):
+    tmp, options, folder, out = run
+    assert sorted(p.name for p in (folder / "teachers").iterdir()) == ["000.pt", "001.pt"]
+    teacher = iadd.load(folder / "teachers" / "000.pt", "thetas", "settings", "test_accuracy")
+    assert teacher["thetas"].shape[0] == 4 and teacher["settings"]["width"] == 4  # 3 epochs are read at IPC 1
+    assert sorted(p.name for p in out.iterdir()) == [
+        "distilled.pt", "images_00000.png", "images_00005.png", "images_00010.png", "images_00012.png", "log.csv"]
+    result = torch.load(out / "distilled.pt", weights_only=True)
+    assert set(iadd.RESULT) == set(result)
+    assert result["images"].shape == (3, 3, 32, 32) and result["labels"].tolist() == [0, 1, 2]
+    assert result["classes"] == ["cat", "dog", "emu"] and result["settings"]["steps"] == 3
+    assert result["W"].shape == teacher["thetas"][0].shape and result["W"].max() <= 1
+    rows = list(csv.DictReader(open(out / "log.csv")))
+    assert [row["iteration"] for row in rows] == ["10", "12"] and all(math.isfinite(float(v)) for v in rows[0].values())
+    with Image.open(out / "images_00012.png") as grid:
+        assert grid.size == (96 + 8, 3 * 100 + 4)
+    assert not list(tmp.rglob("*.tmp"))
+
+
+def test_grid_shows_the_real_images_at_the_start(run):
+    """ZCA is inverted: iteration 0 is real images, enlarged three times."""
+    tmp, options, folder, out = run
+    with Image.open(out / "images_00000.png") as grid:
+        tile = np.array(grid)[4:100:3, 4:100:3]
+    real = [np.array(Image.open(path)) for path in (tmp / "pets" / "train" / "cat").iterdir()]
+    assert min(np.abs(tile.astype(int) - image).max() for image in real) <= 1
+
+
+def test_teachers_are_kept_and_continued(run, capsys):
+    tmp, options, folder, _ = run
+    path = folder / "teachers" / "000.pt"
+    before, stamp = iadd.load(path)["thetas"].clone(), path.stat().st_mtime_ns
+    assert command("teachers", *options, "--teachers", 2, "--ipc", 1) == 0
+    assert "2 of 2 teachers are complete" in capsys.readouterr().out and path.stat().st_mtime_ns == stamp
+    assert command("teachers", *options, "--teachers", 3, "--epochs", 4) == 0
+    after = iadd.load(path)["thetas"]
+    assert after.shape[0] == 5 and torch.equal(after[:4], before) and (folder / "teachers" / "002.pt").exists()
+
+
+def test_same_seed_same_bits(run):
+    tmp, options, folder, _ = run
+    results = []
+    for seed in (7, 7, 8):
+        assert command("distill", *options, "--iterations", 3, "--steps", 2, "--seed", seed, "--restart") == 0
+        results.append(torch.load(folder / f"ipc1_iadd_seed{seed}" / "distilled.pt", weights_only=True))
+    assert torch.equal(results[0]["images"], results[1]["images"]) and results[0]["alpha"] == results[1]["alpha"]
+    assert not torch.equal(results[0]["images"], results[2]["images"])
+
+
+def test_a_finished_result_is_not_overwritten(run, capsys):
+    tmp, options, folder, out = run
+    words = ["distill", *options, "--iterations", 12, "--steps", 3]
+    stamp = (out / "distilled.pt").stat().st_mtime_ns
+    assert command(*words) == 0 and "is there already" in capsys.readouterr().out
+    assert command(*words, "--lr-img", 7) == 2
+    assert "lr_img 100, not 7.0" in capsys.readouterr().err
+    assert (out / "distilled.pt").stat().st_mtime_ns == stamp
+
+
+def test_mtt_keeps_the_weights_at_one(run):
+    tmp, options, folder, _ = run
+    assert command("distill", *options, "--iterations", 2, "--steps", 2, "--method", "mtt", "--lr-w", 10) == 0
+    assert (iadd.load(folder / "ipc1_mtt_seed0" / "distilled.pt")["W"] == 1).all()
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--lr-img", 1e30], "lower --lr-img"), (["--lr-alpha", 1e6], "lower --lr-alpha"), (["--alpha", 1e30], "--alpha")])
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(run, capsys, words, says):
+    tmp, options, folder, _ = run
+    seed = 100 + len(says)
+    assert command("distill", *options, "--iterations", 40, "--steps", 3, "--seed", seed, "--checkpoint-every", 1,
+                   "--restart", *words) == 2
+    error = capsys.readouterr().err
+    assert says in error and "Traceback" not in error
+    kept = iadd.load(folder / f"ipc1_iadd_seed{seed}" / "distilled.pt", *iadd.RESULT)
+    assert kept["images"].isfinite().all() and kept["alpha"] > 0 and kept["W"].isfinite().all()
+
+
+def test_eval_all_architectures(run, capsys):
+    tmp, options, folder, out = run
+    assert command("eval", *options, "--on", "distilled", "random", "full", "--arch", *iadd.ARCHITECTURES,
+                   "--nets", 2, "--eval-epochs", 1) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [json.loads(line) for line in open(out / "results.jsonl")][-12:]
+    assert {(r["on"], r["arch"]) for r in rows} == {(o, a) for o in ("distilled", "random", "full") for a in iadd.ARCHITECTURES}
+    for r in rows:
+        assert len(r["accuracies"]) == 2 and r["mean"] == pytest.approx(sum(r["accuracies"]) / 2)
+        assert any(line.split()[:2] == [r["on"], r["arch"]] and f"{r['mean']:.1f} ±" in line for line in lines)
+    distilled = next(r for r in rows if r["on"] == "distilled")
+    assert distilled["lr"] == iadd.load(out / "distilled.pt")["alpha"]
+
+
+def test_eval_of_a_file_from_elsewhere(run, capsys):
+    """The file brings dataset, width, depth and normalisation along; eval needs only the test images."""
+    tmp, options, folder, out = run
+    elsewhere = tmp / "mail" / "gift.pt"
+    elsewhere.parent.mkdir(exist_ok=True)
+    elsewhere.write_bytes((out / "distilled.pt").read_bytes())
+    assert command("eval", "--distilled", elsewhere, "--dataset", tmp / "pets", "--data-dir", tmp / "data",
+                   "--nets", 1, "--eval-epochs", 2) == 0
+    mine = json.loads((elsewhere.parent / "results.jsonl").read_text())
+    assert command("eval", *options, "--nets", 1, "--eval-epochs", 2) == 0
+    theirs = json.loads((out / "results.jsonl").read_text().splitlines()[-1])
+    assert mine["accuracies"] == theirs["accuracies"] or DEVICE == "cuda"
+
+
+def test_help_explains_every_option():
+    for name in ("teachers", "distill", "eval"):
+        text = subprocess.run([sys.executable, "iadd.py", name, "--help"], capture_output=True, text=True, check=True,
+                              cwd=Path(iadd.__file__).parent, env={**os.environ, "COLUMNS": "400"}).stdout
+        options = re.split(r"\n  (?=--)", text.split("\n\nsettings of the presets")[0])[1:]
+        assert len(options) > 14
+        for option in options:
+            assert "(default: " in option or option.startswith("--restart"), option
+        assert "cifar100       50     80" in text
+
+
+# ---- bad input: one clear line, exit code 2 -------------------------------------------------------
+
+def test_defaults_are_the_papers(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(iadd, "load_dataset", lambda name, *_: seen.update(dataset=name) or iadd.make_shapes(2, 1))
+    monkeypatch.setattr(iadd, "describe", lambda settings: seen.update(settings) or iadd_stop())
+
+    def iadd_stop():
+        raise UserError("enough")
+
+    assert command("teachers", "--dataset", "cifar10") == 2
+    assert (seen["dataset"], seen["teachers"], seen["epochs"]) == ("shapes", 200, 50)
+    assert seen["lr_teacher"] == .01 and seen["batch_real"] == 256 and seen["width"] == 128 and seen["depth"] == 3
+    assert command("distill", "--ipc", "1") == 2
+    assert (seen["iterations"], seen["steps"], seen["lr_w"], seen["zca"], seen["seed"]) == (5000, 50, 1e-4, True, 0)
+    assert command("distill", "--ipc", "50", "--steps", "7") == 2
+    assert (seen["steps"], seen["lr_img"], seen["zca"]) == (7, 1000, False)
+
+
+def refused(capsys, *words):
+    """Runs a command that must fail: the message, which is one line and no traceback."""
+    capsys.readouterr()
+    try:
+        code = command(*words)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    error = capsys.readouterr().err
+    lines = [line for line in error.replace("\r", "\n").splitlines() if "error:" in line]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in error, error
+    return lines[0]
+
+
+def test_bad_datasets(tmp_path, capsys, monkeypatch):
+    def says(*words):
+        return refused(capsys, "teachers", "--data-dir", tmp_path / "data", "--runs", tmp_path / "runs", *words)
+
+    assert "unknown dataset 'nonsense'" in says("--dataset", "nonsense")
+    (tmp_path / "empty").mkdir()
+    assert "train/<class>/" in says("--dataset", tmp_path / "empty")
+    assert "single class, cat" in says("--dataset", make_folder(tmp_path / "one", ["cat"]))
+    root = make_folder(tmp_path / "odd")
+    (root / "test" / "emu").rename(root / "test" / "fox")
+    assert "emu, fox" in says("--dataset", root)
+    root = make_folder(tmp_path / "broken")
+    (root / "train" / "dog" / "2.png").write_bytes((root / "train" / "dog" / "2.png").read_bytes()[:200])
+    assert "broken/train/dog/2.png" in says("--dataset", root)
+    root = make_folder(tmp_path / "sizes")
+    Image.new("RGB", (32, 40)).save(root / "test" / "dog" / "2.png")
+    message = says("--dataset", root)
+    assert "test/dog/2.png has 32x40" in message and "--size" in message
+    assert "--size resizes" in says("--dataset", "shapes", "--size", 8)
+    assert "convnet needs images of 128 pixels" in says("--dataset", "shapes", "--depth", 7)
+
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", no_network)
+    assert "cannot download cifar10" in says("--dataset", "cifar10")
+    assert not (tmp_path / "runs").exists() and not list((tmp_path / "data").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("words, says", [
+    (["teachers", "--teachers", 0], "0 is not at least 1"),
+    (["distill", "--ipc", "x"], "invalid number value: 'x'"),
+    (["distill", "--ipc", 0], "0 is not at least 1"),
+    (["distill", "--alpha", 0], "0 is not above 0"),
+    (["distill", "--lr-img", "nan"], "nan is not at least 0"),
+    (["distill", "--lr-img", "inf"], "inf is not at least 0"),
+    (["distill", "--method", "magic"], "invalid choice: 'magic'"),
+    (["eval", "--arch", "vgg99"], "invalid choice: 'vgg99'"),
+    (["eval", "--device", "toaster"], "toaster cannot be used here"),
+    (["eval", "--preset", "mnist"], "invalid choice: 'mnist'"),
+])
+def test_bad_options(words, says, capsys):
+    assert says in refused(capsys, *words)
+
+
+def test_missing_or_mismatching_teachers(run, tmp_path, capsys):
+    tmp, options, folder, out = run
+    missing = refused(capsys, "distill", *options, "--no-zca")
+    assert "no teachers in" in missing and "python iadd.py teachers" in missing and "--no-zca" in missing
+    few = refused(capsys, "distill", *options, "--max-start-epoch", 30, "--restart")
+    assert "reads 31" in few and "--epochs 31" in few
+    assert "seed 0, not 5" in refused(capsys, "teachers", *options, "--teachers", 1, "--seed", 5)
+
+    other = tmp_path / "runs" / "pets_zca_convnet-d3-w8" / "teachers"  # files that someone copied to another folder
+    other.mkdir(parents=True)
+    (other / "000.pt").write_bytes((folder / "teachers" / "000.pt").read_bytes())
+    words = ["--dataset", tmp / "pets", "--data-dir", tmp / "data", "--runs", tmp_path / "runs"]
+    assert "width 4, not 8" in refused(capsys, "distill", *words, "--width", 8)
+    other.parent.rename(tmp_path / "runs" / "pets_std_convnet-d3-w4")
+    assert "zca True, not False" in refused(capsys, "distill", *words, "--width", 4, "--no-zca")
+    changed = make_folder(tmp_path / "pets", train=13)
+    (tmp_path / "runs" / "pets_std_convnet-d3-w4").rename(tmp_path / "runs" / "pets_zca_convnet-d3-w4")
+    message = refused(capsys, "distill", "--dataset", changed, *words[2:], "--width", 4)
+    assert "fingerprint" in message
+    assert not list((tmp_path / "runs").rglob("distilled.pt"))
+
+
+def test_ipc_larger_than_the_smallest_class(run, capsys):
+    tmp, options, folder, _ = run
+    assert "class cat has 12 images" in refused(capsys, "distill", *options, "--ipc", 13, "--expert-epochs", 1,
+                                                "--max-start-epoch", 1, "--zca")
+    assert not (folder / "ipc13_iadd_seed0").exists()
+
+
+def test_eval_without_a_result(run, capsys):
+    tmp, options, *_ = run
+    message = refused(capsys, "eval", *options, "--ipc", 3, "--zca")
+    assert "does not exist; run: python iadd.py distill" in message and "--ipc 3" in message
+    assert "does not exist" in refused(capsys, "eval", "--distilled", tmp / "nowhere.pt")
+    assert "other classes or image sizes" in refused(
+        capsys, "eval", "--distilled", run[3] / "distilled.pt", "--dataset", "shapes")
+
+
+def test_corrupt_files_are_named(run, tmp_path, capsys):
+    tmp, options, folder, out = run
+    good = (out / "distilled.pt").read_bytes()
+    bad = tmp_path / "bad.pt"
+    for content in (b"", b"hello", good[:-500], good[:100]):
+        bad.write_bytes(content)
+        assert "bad.pt is damaged" in refused(capsys, "eval", "--distilled", bad)
+    torch.save({"images": torch.zeros(1)}, bad)
+    assert "lacks labels" in refused(capsys, "eval", "--distilled", bad)
+    torch.save([1, 2], bad)
+    assert "bad.pt" in refused(capsys, "eval", "--distilled", bad)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil_ran",)
+
+
+def test_files_run_no_code(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({key: Evil() for key in iadd.RESULT}, "evil.pt")
+    assert "evil.pt is damaged or not a file of iadd.py" in refused(capsys, "eval", "--distilled", "evil.pt")
+    assert not Path("evil_ran").exists()
+
+
+def test_save_is_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    iadd.save({"a": torch.ones(3)}, path)
+
+    def dies_half_way(obj, file):
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", dies_half_way)
+    with pytest.raises(UserError, match="No space left"):
+        iadd.save({"a": torch.zeros(3)}, path)
+    assert iadd.load(path, "a")["a"].tolist() == [1, 1, 1] and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+# ---- does it work? --------------------------------------------------------------------------------
+
+def test_distilled_shapes_beat_random_ones(tmp_path):
+    """One image a class: distilled ones teach a fresh network far more than real ones. A chance difference
+    between two such rows is about 3 points."""
+    options = ["--dataset", "shapes", "--runs", tmp_path]
+    assert command("teachers", *options, "--ipc", 1, "--teachers", 4) == 0
+    assert command("distill", *options, "--iterations", 100) == 0
+    assert command("eval", *options, "--on", "distilled", "random", "--nets", 3, "--eval-epochs", 300) == 0
+    rows = [json.loads(line) for line in open(next(tmp_path.rglob("results.jsonl")))]
+    distilled, random = (next(row["mean"] for row in rows if row["on"] == on) for on in ("distilled", "random"))
+    assert distilled > random + 15, (distilled, random)
