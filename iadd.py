@@ -59,7 +59,6 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
 # Settings: default < preset < what the user typed
-# ------------------------------------------------------------------------------------------------
 
 # Section 4.2 and 4.5: teachers, epochs, T (iterations) and width. Paper silent on the teachers' learning
 # rate and batch: MTT's. `shapes` is ours, sized for a laptop.
@@ -125,7 +124,6 @@ def differences(found: dict, wanted: dict) -> str:
 
 # ------------------------------------------------------------------------------------------------
 # Files (written whole or not at all, read as data and never as code), progress, memory
-# ------------------------------------------------------------------------------------------------
 
 def save(obj, path: Path) -> None:
     """torch.save under a temporary name, then a rename: `path` never holds half a file."""
@@ -176,7 +174,6 @@ def peak_memory(device: torch.device) -> str:
 
 # ------------------------------------------------------------------------------------------------
 # Datasets
-# ------------------------------------------------------------------------------------------------
 
 @dataclass
 class Dataset:
@@ -209,7 +206,7 @@ def load_dataset(name: str, data_dir: Path, size: int | None = None) -> Dataset:
         return load_cifar(name, data_dir)
     if name == "shapes":
         return make_shapes()
-    raise UserError(f"unknown dataset {name!r}: it is neither cifar10, cifar100, shapes nor a folder")
+    raise UserError(f"unknown dataset {name!r}: --dataset takes cifar10, cifar100, shapes or a folder")
 
 
 def load_cifar(name: str, data_dir: Path) -> Dataset:
@@ -345,7 +342,6 @@ class Normalisation:
 # Differentiable Siamese augmentation (DSA), script A in Eq. (2)
 # Zhao, Bilen: "Dataset condensation with differentiable Siamese augmentation", ICML 2021 [47]
 # Each function takes (N, C, H, W); every image draws its own parameters.
-# ------------------------------------------------------------------------------------------------
 
 def uniform(x: Tensor, low: float, high: float) -> Tensor:
     """One number from U(low, high) for each image of x, (N,)."""
@@ -418,7 +414,6 @@ def augment(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 # Networks. "Instance normalisation" is GroupNorm with one channel a group: no running statistics,
 # so a network is a pure function of its parameters.
-# ------------------------------------------------------------------------------------------------
 
 def plain_network(shape: tuple[int, int, int], classes: int, layers: list, norm: bool = True) -> nn.Module:
     """Convolutions (width, kernel), each with instance normalisation and ReLU, and halvings "avg" or "max"."""
@@ -494,7 +489,6 @@ def build(arch: str, data: Dataset, width: int = 128, depth: int = 3) -> nn.Modu
 
 # ------------------------------------------------------------------------------------------------
 # Training on a set of images: teachers, and the networks of the evaluation
-# ------------------------------------------------------------------------------------------------
 
 def train_epoch(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, batch: int) -> None:
     """One pass over x (N, C, H, W), y (N,) in random mini-batches with DSA."""
@@ -532,7 +526,6 @@ def train_teacher(net: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: tuple
 
 # ------------------------------------------------------------------------------------------------
 # IADD: Section 3, Algorithm 1
-# ------------------------------------------------------------------------------------------------
 
 def flat_loss(net: nn.Module):
     """The cross-entropy of `net` as a pure function of its flat parameters: l(theta, x, y)."""
@@ -626,8 +619,8 @@ def real_images(data: Dataset, normalise: Normalisation, ipc: int) -> tuple[Tens
 
 def spread(W: Tensor) -> dict[str, float]:
     """How far the importance weights have come from 1: minimum, 1 % quantile, median, mean."""
-    low, median = torch.quantile(W, torch.tensor([.01, .5], device=W.device)).tolist()
-    return {"W_min": W.min().item(), "W_1pct": low, "W_median": median, "W_mean": W.mean().item()}
+    return {"W_min": W.min().item(), "W_1pct": W.kthvalue(math.ceil(len(W) / 100)).values.item(),
+            "W_median": W.median().item(), "W_mean": W.mean().item()}
 
 
 def save_grid(images: Tensor, normalise: Normalisation, columns: int, path: Path) -> None:
@@ -640,7 +633,6 @@ def save_grid(images: Tensor, normalise: Normalisation, columns: int, path: Path
 
 # ------------------------------------------------------------------------------------------------
 # Evaluation: fresh networks on a small set of images (Section 4.1; paper silent: MTT's protocol)
-# ------------------------------------------------------------------------------------------------
 
 def train_network(net: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, batch: int = 256,
                   progress=lambda: None) -> None:
@@ -655,7 +647,6 @@ def train_network(net: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, 
 
 # ------------------------------------------------------------------------------------------------
 # The three commands
-# ------------------------------------------------------------------------------------------------
 
 def prepare(args: argparse.Namespace, preset_ipc: int) -> tuple[Dataset, dict, Path]:
     """Fills in from the preset what the user did not type, and loads the data.
@@ -763,6 +754,8 @@ def command_distill(args: argparse.Namespace) -> None:
             raise UserError(f"{result} was made with {wrong}: --restart overwrites it, --seed or --runs keeps both")
         if old["iteration"] == args.iterations:
             return print(f"{result} is there already; --restart makes it anew")
+        if old["iteration"] > 0:
+            raise UserError(f"{result} stopped at iteration {old['iteration']}: --restart overwrites it")
 
     seed_all(args.seed, "distill")
     normalise = Normalisation.fit(data.train[0], args.zca, args.device)
@@ -789,8 +782,10 @@ def command_distill(args: argparse.Namespace) -> None:
         log.writeheader()
         for t, loss in enumerate(bar, 1):
             if not (math.isfinite(loss) and alpha > 0 and images.isfinite().all()):
-                raise UserError(f"{runaway(loss, alpha.item(), args)} (iteration {t}: loss {loss:.4g}, alpha "
-                                f"{alpha.item():.4g}); --restart begins anew, {result} is the last good checkpoint")
+                cure = f"--lr-alpha {args.lr_alpha:g}" if math.isfinite(loss) and alpha <= 0 else \
+                    f"--lr-img {args.lr_img:g} or --alpha {args.alpha:g}"
+                raise UserError(f"diverged at iteration {t} (loss {loss:.4g}, alpha {alpha.item():.4g}): lower {cure} "
+                                f"and begin anew with --restart; {result} is the last good checkpoint")
             if t % 10 == 0 or t == args.iterations:
                 row = {"loss": loss, "alpha": alpha.item(), **spread(W.detach())}
                 bar.set_postfix_str(" ".join(f"{key} {value:.4g}" for key, value in row.items()), refresh=False)
@@ -800,13 +795,6 @@ def command_distill(args: argparse.Namespace) -> None:
                 checkpoint(t)
     print(f"{args.iterations} iterations in {time.time() - start:.0f} s, {peak_memory(args.device)}; "
           f"loss {loss:.4f}, alpha {args.alpha:g} -> {alpha.item():.5f}; {result}")
-
-
-def runaway(loss: float, alpha: float, args: argparse.Namespace) -> str:
-    """What to change when a distillation has diverged."""
-    if math.isfinite(loss) and alpha <= 0:
-        return f"alpha is no longer positive: lower --lr-alpha {args.lr_alpha:g} or --lr-img {args.lr_img:g}"
-    return f"the distillation diverged: lower --lr-img {args.lr_img:g}, or --alpha {args.alpha:g}"
 
 
 def command_eval(args: argparse.Namespace) -> None:
@@ -861,7 +849,6 @@ def command_eval(args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------------
 # Command line
-# ------------------------------------------------------------------------------------------------
 
 def at_least(low: float, kind: type = int, strict: bool = False):
     """An argparse type: a finite number not below `low` (or above it, if strict)."""
@@ -911,16 +898,16 @@ def make_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, parents=[shared], help=text, description=text, formatter_class=form,
                                   epilog=tables.format("default < preset < what is typed"))
         sub.set_defaults(function=function)
-        return sub, sub.add_argument_group(name).add_argument
+        return sub.add_argument_group(name).add_argument
 
-    teachers, add = command("teachers", command_teachers)
+    add = command("teachers", command_teachers)
     add("--teachers", type=whole, help="how many trajectories (default: preset, 200 in the paper for CIFAR)")
     add("--epochs", type=whole, help="epochs of each (default: 50; with --ipc only those that distill reads)")
     add("--ipc", type=whole, help="train only the epochs that distill with this IPC reads (default: all)")
     add("--lr-teacher", type=above_zero, help="learning rate, plain SGD (default: preset, .01)")
     add("--batch-real", type=whole, help="images a step (default: preset, 256)")
 
-    distill, add = command("distill", command_distill)
+    add = command("distill", command_distill)
     add("--ipc", type=whole, default=1, help="distilled images per class (default: 1)")
     add("--method", choices=["iadd", "mtt"], default="iadd", help="mtt keeps the weights W at 1 (default: iadd)")
     add("--iterations", type=whole, help="T, distillation iterations (default: preset, 5000 in the paper)")
@@ -935,7 +922,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checkpoint-every", type=whole, default=500, help="iterations between checkpoints (default: 500)")
     add("--restart", action="store_true", help="overwrite a result that is there already")
 
-    evaluate, add = command("eval", command_eval)
+    add = command("eval", command_eval)
     add("--ipc", type=whole, help="distilled images per class (default: 1)")
     add("--method", choices=["iadd", "mtt"], default="iadd", help="whose distilled file (default: iadd)")
     add("--distilled", type=Path, metavar="FILE", help="a distilled file from elsewhere (default: the one in --runs)")

@@ -51,6 +51,12 @@ def plain_unroll(loss, theta, alpha, x, y):
     return theta
 
 
+def same(a, b):
+    """The same bits on a CPU; on CUDA some kernels add in no fixed order."""
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    return torch.equal(a, b) if DEVICE == "cpu" else torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
 # ---- the method -----------------------------------------------------------------------------------
 
 def test_gradients_equal_those_of_the_plain_unroll():
@@ -120,8 +126,8 @@ def test_uniform_weights_are_mtt():
     """W = 1 gives the images and alpha of an independent MTT loop, to rounding."""
     images, alpha, W, losses, (net, teachers, labels) = run_iadd(method_mtt=True)
     assert (W == 1).all()
-    same = run_iadd(lr_w=0.0)
-    assert torch.equal(images, same[0]) and alpha == same[1]
+    again = run_iadd(lr_w=0.0)
+    assert same(images, again[0]) and same(alpha, again[1])
 
     torch.manual_seed(1)  # the same random numbers once more, through a loop written the plain way
     net = iadd.convnet((3, 8, 8), 3, width=4, depth=2).to(DEVICE)
@@ -323,8 +329,8 @@ def test_dsa_flip():
     x = torch.rand(N, 3, 8, 8)
     y = iadd.dsa_flip(x)
     flipped = torch.tensor([torch.equal(b, a.flip(2)) for a, b in zip(x, y)])
-    same = torch.tensor([torch.equal(b, a) for a, b in zip(x, y)])
-    assert (flipped ^ same).all() and 0.4 < flipped.float().mean() < 0.6
+    kept = torch.tensor([torch.equal(b, a) for a, b in zip(x, y)])
+    assert (flipped ^ kept).all() and 0.4 < flipped.float().mean() < 0.6
 
 
 def test_dsa_color():
@@ -398,7 +404,7 @@ def test_a_trajectory_goes_on_as_if_it_had_never_stopped(shapes):
 
     whole = iadd.train_teacher(net(), x, y, 3, (0, "t"))
     part = iadd.train_teacher(net(), x, y, 1, (0, "t"))
-    assert torch.equal(iadd.train_teacher(net(), x, y, 3, (0, "t"), part), whole) or DEVICE == "cuda"
+    assert same(iadd.train_teacher(net(), x, y, 3, (0, "t"), part), whole)
 
 
 def test_random_streams_differ():
@@ -543,8 +549,8 @@ def test_same_seed_same_bits(run):
     for seed in (7, 7, 8):
         assert command("distill", *options, "--iterations", 3, "--steps", 2, "--seed", seed, "--restart") == 0
         results.append(torch.load(folder / f"ipc1_iadd_seed{seed}" / "distilled.pt", weights_only=True))
-    assert torch.equal(results[0]["images"], results[1]["images"]) and results[0]["alpha"] == results[1]["alpha"]
-    assert not torch.equal(results[0]["images"], results[2]["images"])
+    assert same(results[0]["images"], results[1]["images"]) and same(results[0]["alpha"], results[1]["alpha"])
+    assert not same(results[0]["images"], results[2]["images"])
 
 
 def test_a_finished_result_is_not_overwritten(run, capsys):
