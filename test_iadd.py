@@ -159,7 +159,8 @@ def test_weights_learn_and_only_shrink():
 def test_unroll_keeps_no_activations():
     """What the unroll keeps for its backward pass is theta, alpha, x and y of each step, and nothing else."""
     net, theta, _, x, y, alpha, _ = tiny_problem(torch.float32, J=10)
-    node = unroll(iadd.flat_loss(net), theta, alpha, x.unbind(), y).grad_fn
+    end = unroll(iadd.flat_loss(net), theta, alpha, x.unbind(), y)
+    node = end.grad_fn
     for j in reversed(range(10)):
         kept = node.saved_tensors
         assert [t.shape for t in kept] == [theta.shape, alpha.shape, x[j].shape, y[j].shape]
