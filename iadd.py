@@ -17,22 +17,26 @@ images alone does far better than one trained on as many real images.
 
 Without a GPU and without a download, `--dataset shapes` runs all three in about three minutes.
 
-Departures from the paper: none intended. It is silent on J, K, I+, alpha_0, the learning rates and the
-momentum, so these are MTT's (Cazenavette et al., "Dataset Distillation by Matching Training
-Trajectories", CVPR 2022); the README lists every such choice. With W = 1 throughout, IADD is MTT.
+The paper is silent on J, K, I+, alpha_0, the learning rates and the momentum, so these are MTT's (Cazenavette
+et al., "Dataset Distillation by Matching Training Trajectories", CVPR 2022); the README lists every such
+choice. One departure: ZCA is used where MTT used it, not on every benchmark. With W = 1, IADD is MTT.
 
 Glossary
     theta        all parameters of a network as one vector, (P,)        theta, Eq. (3)-(5)
+    theta_start, theta_target   of a teacher at epoch i and i + K       theta_i, theta_{i+K}
+    ell          cross-entropy of a network on a mini-batch             l, Eq. (2)
     images       the distilled images, normalised, (N, C, H, W)         D_distill
     alpha        the student's learning rate, a trainable scalar        alpha, Eq. (2), (10)
     W            the importance of each parameter, (P,)                 W, Eq. (6), (11)
     T            distillation iterations                                --iterations
-    J, K         student steps; teacher epochs from start to target     --steps, --expert-epochs
+    J, K         student steps; teacher epochs from start to target     --steps, --expert-epochs (MTT: a
+                                                                        teacher is an "expert")
     max_start    a student starts at a teacher epoch i < max_start      I+, --max-start-epoch
     DSA          differentiable Siamese augmentation                    script A, [47]
     IPC          distilled images per class
 """
 import argparse
+import ast
 import csv
 import functools
 import hashlib
@@ -40,6 +44,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -60,8 +65,9 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 # Settings: default < preset < what the user typed
 
-# Section 4.2 and 4.5: teachers, epochs, T (iterations) and width. Paper silent on the teachers' learning
-# rate and batch: MTT's. `shapes` is ours, sized for a laptop.
+# Sections 4.1 (width), 4.2 and 4.5 (teachers, epochs, T = iterations; for COVID-CXR T is assumed). Paper silent
+# on the teachers' learning rate and batch: MTT's. `shapes` is ours, sized for a laptop. For Tiny ImageNet and
+# COVID-CXR there are presets only so far: --dataset FOLDER --preset covid.
 TRAINING = """
 dataset       teachers  epochs  lr_teacher  batch_real  iterations  width
 cifar10            200      50         .01         256        5000    128
@@ -70,7 +76,7 @@ tinyimagenet       100      50         .01         256        5000    128
 covid              100      50         .01         256        5000    128
 shapes               6      10         .02          64         200     32
 """
-# Paper silent: MTT's values (COVID-CXR: nobody's; MTT's for images of 128 x 128).
+# Paper silent: MTT's values (COVID-CXR: nobody's; MTT's for images of 128 x 128). zca too is MTT's.
 MATCHING = """
 dataset       ipc  steps  expert_epochs  max_start_epoch  lr_img  lr_alpha  alpha  batch  zca
 cifar10         1     50              2                2     100      1e-7    .01    all  yes
@@ -92,13 +98,10 @@ class UserError(Exception):
 
 def parse_table(text: str, keys: int) -> dict[tuple, dict]:
     """One of the tables above as {(first `keys` columns): {column: value}}; a batch of "all" becomes None."""
+    words = {"all": None, "yes": True, "no": False}
+
     def value(word):
-        for read in ({"all": None, "yes": True, "no": False}.__getitem__, int, float):
-            try:
-                return read(word)
-            except (KeyError, ValueError):
-                pass
-        return word
+        return words[word] if word in words else word if word.isidentifier() else ast.literal_eval(word)
 
     header, *rows = [[value(word) for word in line.split()] for line in text.strip().splitlines()]
     return {tuple(row[:keys]): dict(zip(header[keys:], row[keys:])) for row in rows}
@@ -135,24 +138,39 @@ def save(obj, path: Path) -> None:
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path}: {error}") from None
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
-def load(path: Path, *keys: str) -> dict:
-    """A dict saved by `save` that has `keys`, its tensors memory-mapped on the CPU.
+TEACHER = {"thetas": (2,), "settings": dict}  # what a file must hold: a type, or a tensor's possible dimensions
+RESULT = {"images": (4,), "labels": (1,), "alpha": float, "W": (1,), "mean": (1, 3), "scale": (2, 3), "classes": list,
+          "settings": dict, "iteration": int}
 
-    Raises UserError if the file is missing, damaged, or something else."""
+
+def load(path: Path, kinds: dict) -> dict:
+    """A dict written by `save`, its tensors memory-mapped on the CPU. Raises UserError if the file is missing,
+    damaged or something else."""
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        missing = [key for key in keys if key not in content]
+        wrong = [key for key, kind in kinds.items() if not (
+            isinstance(content[key], kind) if isinstance(kind, type) else content[key].dim() in kind)]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # torch raises half a dozen types for a damaged file
-        raise UserError(f"{path} is damaged or not a file of iadd.py ({type(error).__name__})") from None
-    if missing:
-        raise UserError(f"{path} is not such a file: it lacks {', '.join(missing)}")
+        raise UserError(f"{path} is damaged or not such a file of iadd.py ({type(error).__name__} {error})"
+                        .splitlines()[0][:300]) from None
+    if wrong:
+        raise UserError(f"{path} is not such a file of iadd.py: {', '.join(wrong)} of a wrong kind")
     return content
+
+
+def load_result(path: Path) -> dict:
+    """A distilled file, checked. Raises UserError."""
+    result = load(path, RESULT)
+    n, labels = len(result["images"]), result["labels"]
+    if not (0 < n == len(labels) and 0 <= labels.min() and labels.max() < len(result["classes"])
+            and result["images"].isfinite().all() and 0 < result["alpha"] < math.inf):
+        raise UserError(f"{path} is damaged: its images, labels or alpha make no sense")
+    return result
 
 
 def progress_bar(iterable=None, **options) -> tqdm:
@@ -198,14 +216,12 @@ def load_dataset(name: str, data_dir: Path, size: int | None = None) -> Dataset:
     """cifar10, cifar100, shapes, or a folder with train/<class>/* and test/<class>/*.
 
     size: side in pixels that a folder's images are resized to. Raises UserError."""
+    if name in ("cifar10", "cifar100", "shapes"):
+        if size:
+            raise UserError(f"--size resizes the images of a folder; {name} is not one")
+        return make_shapes() if name == "shapes" else load_cifar(name, data_dir)
     if Path(name).is_dir():
         return load_folder(Path(name), data_dir, size)
-    if size:
-        raise UserError(f"--size resizes the images of a folder; {name} is not one")
-    if name in ("cifar10", "cifar100"):
-        return load_cifar(name, data_dir)
-    if name == "shapes":
-        return make_shapes()
     raise UserError(f"unknown dataset {name!r}: --dataset takes cifar10, cifar100, shapes or a folder")
 
 
@@ -225,6 +241,8 @@ def read_image(path: str, size: int | None) -> np.ndarray:
     """One image file as uint8 (H, W, C), C = 1 if it is greyscale, else 3. Raises UserError."""
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
+                raise ValueError(f"its pixels are of mode {image.mode}; 8-bit images are needed")
             image = ImageOps.exif_transpose(image)
             image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
             if size:
@@ -250,7 +268,7 @@ def load_folder(root: Path, data_dir: Path, size: int | None = None) -> Dataset:
         raise UserError(f"{root}/train holds a single class, {classes[0]}; at least two are needed")
     files = [path for part in parts for path, _ in part.samples]
     stamps = [(os.path.relpath(f, root), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
-    key = hashlib.sha1(repr((size, stamps)).encode()).hexdigest()[:12]
+    key = hashlib.sha1(repr((root.resolve(), size, stamps)).encode()).hexdigest()[:12]
     name = root.resolve().name + (f"-{size}px" if size else "")
     cache = data_dir / "cache" / f"{name}-{key}.pt"
     if not cache.exists():
@@ -260,11 +278,11 @@ def load_folder(root: Path, data_dir: Path, size: int | None = None) -> Dataset:
         side, channels = arrays[0].shape[0], max(array.shape[2] for array in arrays)
         for file, array in zip(files, arrays):
             if array.shape[:2] != (side, side):
-                raise UserError(f"all images must be squares of one size, but {file} has {array.shape[1]}x"
-                                f"{array.shape[0]} pixels and {files[0]} {arrays[0].shape[1]}x{side}: give --size")
+                raise UserError(f"{file} has {array.shape[1]}x{array.shape[0]} pixels, not {side}x{side}: all "
+                                f"images must be squares of one size, --size makes them so")
         images = np.stack([np.broadcast_to(array, (side, side, channels)) for array in arrays])
         save({"images": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()}, cache)
-    images = load(cache, "images")["images"].split([len(part.samples) for part in parts])
+    images = load(cache, {"images": (4,)})["images"].split([len(part.samples) for part in parts])
     return Dataset(name, classes, *((i.clone(), torch.tensor(part.targets)) for i, part in zip(images, parts)))
 
 
@@ -308,19 +326,21 @@ class Normalisation:
     """Maps uint8 images to network input and back, fitted on training images alone. Works on its own device.
 
     With ZCA whitening z = (x - mean) M, M = U diag(1 / sqrt(S + eps)) U^T for the covariance U diag(S) U^T of
-    the pixels x in [0, 1] (Section 4.2; eps = .1 as MTT); otherwise z = (x - mean) / std for each channel."""
+    the pixels x in [0, 1] (Section 4.2; eps = .1 as MTT); otherwise z = (x - mean) * 1/std for each channel."""
 
     def __init__(self, mean: Tensor, scale: Tensor):
-        self.mean, self.scale = mean, scale  # (D,) and M (D, D), D = C H W; without ZCA (C, 1, 1) both
+        self.mean, self.scale = mean, scale  # (D,) and M (D, D), D = C H W; or mean and 1/std, (C, 1, 1) both
         self.zca = scale.dim() == 2
 
     @classmethod
     def fit(cls, images: Tensor, zca: bool, device="cpu", eps: float = 0.1) -> "Normalisation":
-        """images: uint8 (N, C, H, W), N > 1."""
+        """images: uint8 (N, C, H, W), N > 1. Raises UserError if they are too large for ZCA."""
+        if zca and (D := images[0].numel()) > 20000:
+            raise UserError(f"ZCA of {D} numbers an image needs a matrix of {4e-9 * D * D:.0f} GB: use --no-zca")
         x = images.to(device).float().div_(255)
         if not zca:
             std, mean = torch.std_mean(x, (0, 2, 3))
-            return cls(mean[:, None, None], std.clamp_min(1e-4)[:, None, None])
+            return cls(mean[:, None, None], 1 / std.clamp_min(1e-4)[:, None, None])
         x = x.flatten(1)
         S, U = torch.linalg.eigh(torch.cov(x.T).double())
         return cls(x.mean(0), (U / (S.clamp_min(0) + eps).sqrt() @ U.T).float())
@@ -328,29 +348,31 @@ class Normalisation:
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> float32 of that shape."""
         def transform(x):
-            return ((x.flatten(1) - self.mean) @ self.scale).view_as(x) if self.zca else (x - self.mean) / self.scale
+            return ((x.flatten(1) - self.mean) @ self.scale).view_as(x) if self.zca else (x - self.mean) * self.scale
         return torch.cat([transform(part.to(self.mean.device).float() / 255) for part in images.split(5000)])
 
     def inverse(self, z: Tensor) -> Tensor:
         """Network input (N, C, H, W) -> pixels, in [0, 1] for an image, not clamped."""
         if self.zca:  # M is symmetric: z = (x - mean) M  <=>  M (x - mean)^T = z^T
             return (self.mean + torch.linalg.solve(self.scale, z.flatten(1).T).T).view_as(z)
-        return z * self.scale + self.mean
+        return z / self.scale + self.mean
 
 
 # ------------------------------------------------------------------------------------------------
 # Differentiable Siamese augmentation (DSA), script A in Eq. (2)
 # Zhao, Bilen: "Dataset condensation with differentiable Siamese augmentation", ICML 2021 [47]
-# Each function takes (N, C, H, W); every image draws its own parameters.
+# Each function takes (N, C, H, W); every image draws its own parameters. "Siamese", the same draws for real
+# and distilled images, matters where their gradients are matched; here they are never augmented together.
 
 def uniform(x: Tensor, low: float, high: float) -> Tensor:
     """One number from U(low, high) for each image of x, (N,)."""
     return torch.rand(len(x), dtype=x.dtype, device=x.device) * (high - low) + low
 
 
-def warp(x: Tensor, a, b, tx, c, d, ty, mode: str = "bilinear") -> Tensor:
-    """Samples x at (a u + b v + tx, c u + d v + ty), u, v in [-1, 1]; black outside. Arguments (N,)."""
-    matrix = torch.stack([a, b, tx, c, d, ty], 1).view(-1, 2, 3)
+def warp(x: Tensor, a=1.0, b=0.0, tx=0.0, c=0.0, d=1.0, ty=0.0, mode: str = "bilinear") -> Tensor:
+    """Samples x at (a u + b v + tx, c u + d v + ty), u, v in [-1, 1]; 0 outside. Arguments (N,) or numbers."""
+    matrix = torch.stack([torch.as_tensor(m, dtype=x.dtype, device=x.device).expand(len(x))
+                          for m in (a, b, tx, c, d, ty)], 1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, list(x.shape), align_corners=True)  # (N, H, W, 2)
     return F.grid_sample(x, grid, mode, padding_mode="zeros", align_corners=True)
 
@@ -366,9 +388,9 @@ def dsa_color(x: Tensor) -> Tensor:
 
 def dsa_crop(x: Tensor) -> Tensor:
     """Shift by whole pixels, up to an eighth of the side in x and in y."""
-    reach, one = round(x.shape[-1] / 8), torch.ones(len(x), dtype=x.dtype, device=x.device)
-    dx, dy = (2 * torch.randint(-reach, reach + 1, (2, len(x)), device=x.device) / (x.shape[-1] - 1)).to(x.dtype)
-    return warp(x, one, 0 * one, dx, 0 * one, one, dy, mode="nearest")
+    side, reach = x.shape[-1], round(x.shape[-1] / 8)
+    dx, dy = 2 * torch.randint(-reach, reach + 1, (2, len(x)), device=x.device) / (side - 1)
+    return warp(x, tx=dx, ty=dy, mode="nearest")
 
 
 def dsa_cutout(x: Tensor) -> Tensor:
@@ -386,15 +408,14 @@ def dsa_flip(x: Tensor) -> Tensor:
 
 
 def dsa_scale(x: Tensor) -> Tensor:
-    """Zoom by U(1/1.2, 1.2), in x and in y independently."""
-    zero = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    return warp(x, uniform(x, 1 / 1.2, 1.2), zero, zero, zero, uniform(x, 1 / 1.2, 1.2), zero)
+    """Scale the sampling grid by U(1/1.2, 1.2), in x and in y independently."""
+    return warp(x, a=uniform(x, 1 / 1.2, 1.2), d=uniform(x, 1 / 1.2, 1.2))
 
 
 def dsa_rotate(x: Tensor) -> Tensor:
     """Rotate by U(-15, 15) degrees."""
     angle = uniform(x, -math.pi / 12, math.pi / 12)
-    return warp(x, angle.cos(), -angle.sin(), 0 * angle, angle.sin(), angle.cos(), 0 * angle)
+    return warp(x, a=angle.cos(), b=-angle.sin(), c=angle.sin(), d=angle.cos())
 
 
 DSA = [dsa_color, dsa_crop, dsa_cutout, dsa_flip, dsa_scale, dsa_rotate]
@@ -446,18 +467,18 @@ class ResidualBlock(nn.Module):
 
 
 def convnet(shape, classes, width=128, depth=3) -> nn.Module:
-    """ConvNetD<depth>, the network of teachers and students (Section 4.1)."""
+    """ConvNetD<depth>, the network of teachers and students (Section 4.1); 320,010 parameters for CIFAR-10."""
     return plain_network(shape, classes, [(width, 3), "avg"] * depth)
 
 
 def alexnet(shape, classes) -> nn.Module:
-    """AlexNet [6] as this field uses it for small images: no stride, no normalisation, no dropout."""
+    """AlexNet [6] as this field uses it for small images: no stride, no normalisation, a single linear layer."""
     layers = [(128, 5), "max", (192, 5), "max", (256, 3), (192, 3), (192, 3), "max"]
     return plain_network(shape, classes, layers, norm=False)
 
 
 def vgg11(shape, classes) -> nn.Module:
-    """VGG11 [89]."""
+    """VGG11 [89] with a single linear layer."""
     widths = [64, "max", 128, "max", 256, 256, "max", 512, 512, "max", 512, 512, "max"]
     return plain_network(shape, classes, [w if w == "max" else (w, 3) for w in widths])
 
@@ -524,19 +545,31 @@ def train_teacher(net: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: tuple
     return torch.stack(snapshots)
 
 
+def train_network(net: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, batch: int = 256,
+                  progress=lambda: None) -> None:
+    """Trains a network of the evaluation (Section 4.1 is silent on how: MTT's protocol): SGD with momentum .9,
+    weight decay 5e-4 and DSA; the learning rate drops tenfold half-way."""
+    optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, epochs // 2)])
+    for _ in range(epochs):
+        train_epoch(net, optimizer, x, y, batch)
+        schedule.step()
+        progress()
+
+
 # ------------------------------------------------------------------------------------------------
 # IADD: Section 3, Algorithm 1
 
 def flat_loss(net: nn.Module):
-    """The cross-entropy of `net` as a pure function of its flat parameters: l(theta, x, y)."""
+    """The cross-entropy as a pure function ell(theta, x, y) of the flat parameters; of `net` only the structure."""
     names, shapes = zip(*((name, p.shape) for name, p in net.named_parameters()))
     sizes = [shape.numel() for shape in shapes]
 
-    def loss(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:  # (P,), (B, C, H, W), (B,) -> ()
+    def ell(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:  # (P,), (B, C, H, W), (B,) -> ()
         parameters = {n: part.view(s) for n, part, s in zip(names, theta.split(sizes), shapes)}
         return F.cross_entropy(torch.func.functional_call(net, parameters, (x,), strict=True), y)
 
-    return loss
+    return ell
 
 
 class StudentStep(torch.autograd.Function):
@@ -547,39 +580,40 @@ class StudentStep(torch.autograd.Function):
     gradients, with the memory of a single step."""
 
     @staticmethod
-    def step(loss, theta, alpha, x, y):
-        return theta - alpha * torch.func.grad(loss)(theta, x, y)
+    def step(ell, theta, alpha, x, y):
+        return theta - alpha * torch.func.grad(ell)(theta, x, y)
 
     @staticmethod
-    def forward(ctx, loss, theta, alpha, x, y):
-        ctx.loss = loss
+    def forward(ctx, ell, theta, alpha, x, y):
+        ctx.ell = ell
         ctx.save_for_backward(theta, alpha, x, y)
-        return StudentStep.step(loss, theta, alpha, x, y)
+        return StudentStep.step(ell, theta, alpha, x, y)
 
     @staticmethod
     def backward(ctx, v):
-        *inputs, y = ctx.saved_tensors
-        _, vjp = torch.func.vjp(lambda *inputs: StudentStep.step(ctx.loss, *inputs, y), *inputs)
-        return None, *vjp(v), None
+        theta, alpha, x, y = ctx.saved_tensors
+        _, vjp = torch.func.vjp(lambda *inputs: StudentStep.step(ctx.ell, *inputs, y), theta, alpha, x)
+        return None, *vjp(v), None  # nothing for ell and y
 
 
 def iadd_loss(theta: Tensor, theta_start: Tensor, theta_target: Tensor, W: Tensor) -> Tensor:
-    """Eq. (9): ||W theta - W theta_target||^2 / ||theta_start - theta_target||^2, all (P,)."""
+    """Eq. (9) with (7) and (8): ||W theta - W theta_target||^2 / ||theta_start - theta_target||^2, all (P,)."""
     return (W * (theta - theta_target)).square().sum() / (theta_start - theta_target).square().sum()
 
 
 def random_segment(teachers: list[Tensor], K: int, max_start: int) -> tuple[Tensor, Tensor]:
-    """theta_i and theta_{i+K} of a random teacher, i uniform in [0, max_start)."""
+    """theta_i and theta_{i+K} of a random teacher, i uniform in [0, max_start) (line 4)."""
     teacher = teachers[torch.randint(len(teachers), ()).item()]  # (epochs + 1, P), in a file
     i = torch.randint(max_start, ()).item()
     return teacher[i], teacher[i + K]
 
 
 def minibatches(n: int, batch: int, J: int, device) -> Tensor:
-    """Indices of J mini-batches, (J, batch): every pass over the n images is a fresh permutation, cut."""
-    passes = math.ceil(J / (n // batch))
-    index = torch.rand(passes, n, device=device).argsort(1)
-    return index[:, :n // batch * batch].reshape(-1, batch)[:J]
+    """Indices of J mini-batches, (J, batch): every pass over the n images is a fresh permutation, cut into
+    batches; an incomplete last one is left out."""
+    a_pass = n // batch
+    index = torch.rand(math.ceil(J / a_pass), n, device=device).argsort(1)
+    return index[:, :a_pass * batch].reshape(-1, batch)[:J]
 
 
 def iadd(net: nn.Module, images: Tensor, labels: Tensor, alpha: Tensor, W: Tensor, teachers: list[Tensor], *,
@@ -587,23 +621,24 @@ def iadd(net: nn.Module, images: Tensor, labels: Tensor, alpha: Tensor, W: Tenso
     """Algorithm 1. Updates images (N, C, H, W), alpha () and W (P,) in place; yields the loss T times.
 
     With W.requires_grad == False the weights stay as they are: W = 1 is MTT."""
-    loss = flat_loss(net)
+    ell = flat_loss(net)
     optimizer = torch.optim.SGD([  # paper silent on momentum: MTT's .5; W follows plain SGD (Section 4.1)
-        {"params": [alpha], "lr": lr_alpha, "momentum": 0.5},                           # Eq. (10)
-        {"params": [W], "lr": lr_w, "momentum": 0},                                     # Eq. (11)
-        {"params": [images], "lr": lr_img, "momentum": 0.5}])                           # Eq. (12)
-    for _ in range(T):                                                                  # line 3
+        {"params": [alpha], "lr": lr_alpha, "momentum": 0.5},                             # Eq. (10)
+        {"params": [W], "lr": lr_w, "momentum": 0},                                       # Eq. (11)
+        {"params": [images], "lr": lr_img, "momentum": 0.5}])                             # Eq. (12)
+    for _ in range(T):                                                                    # line 3
         theta_start, theta_target = (theta.to(images.device) for theta in random_segment(teachers, K, max_start))
-        theta = theta_start                                                             # lines 4, 5
-        index = minibatches(len(images), batch, J, images.device)                       # line 7, Eq. (1)
-        x, y = augment(images[index]), labels[index]                                    # A(b) of all J steps
-        for j in range(J):                                                              # lines 6-10
-            theta = StudentStep.apply(loss, theta, alpha, x[j], y[j])                   # line 8, Eq. (2)
-        matching_loss = iadd_loss(theta, theta_start, theta_target, W)                  # lines 11-13, Eq. (3)-(9)
+        # The images stay as they are for an iteration, so that all J mini-batches can be made at once.
+        index = minibatches(len(images), batch, J, images.device)                         # line 7, Eq. (1)
+        x, y = augment(images[index]), labels[index]                                      # (J, batch, C, H, W)
+        theta = theta_start                                                               # line 5
+        for j in range(J):                                                                # lines 6, 10
+            theta = StudentStep.apply(ell, theta, alpha, x[j], y[j])                      # lines 8-9, Eq. (2)
+        loss = iadd_loss(theta, theta_start, theta_target, W)                             # lines 11-13, Eq. (9)
         optimizer.zero_grad()
-        matching_loss.backward()
-        optimizer.step()                                                                # line 14, Eq. (10)-(13)
-        yield matching_loss.item()
+        loss.backward()
+        optimizer.step()                                                                  # line 14, Eq. (10)-(13)
+        yield loss.item()
 
 
 def real_images(data: Dataset, normalise: Normalisation, ipc: int) -> tuple[Tensor, Tensor]:
@@ -615,6 +650,102 @@ def real_images(data: Dataset, normalise: Normalisation, ipc: int) -> tuple[Tens
     index = torch.cat([member[torch.randperm(len(member))[:ipc]] for member in members])
     images = normalise(data.train[0][index])
     return images, data.train[1][index].to(images.device)
+
+
+# ------------------------------------------------------------------------------------------------
+# The three commands
+
+def prepare(args: argparse.Namespace, preset_ipc: int) -> tuple[Dataset, dict, Path]:
+    """Fills in what the user did not type, from every column of the preset, and loads the data.
+
+    Returns the dataset, the settings that teachers and students must share, and the folder of their runs."""
+    args.dataset = "cifar10" if args.dataset is None else args.dataset
+    known = (args.dataset,) in parse_table(TRAINING, 1)
+    name = args.preset or (args.dataset if known else "cifar10")
+    for key, value in preset(name, preset_ipc).items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    data = load_dataset(args.dataset, args.data_dir, args.size)
+    args.depth = args.depth or default_depth(data.shape[1])
+    build("convnet", data, args.width, args.depth)  # says at once if the images are too small
+    print(f"{data.name}: {len(data.train[0])} training and {len(data.test[0])} test images, {data.shape[1]}x"
+          f"{data.shape[2]}x{data.shape[0]}, {len(data.classes)} classes; settings of {name} where none are given")
+    shared = {"dataset": data.name, "fingerprint": data.fingerprint(), "shape": list(data.shape), "zca": args.zca,
+              "width": args.width, "depth": args.depth}
+    return data, shared, args.runs / f"{data.name}_{'zca' if args.zca else 'std'}_convnet-d{args.depth}-w{args.width}"
+
+
+def run_folder(args: argparse.Namespace, folder: Path) -> Path:
+    """Where a distillation and its evaluations are kept."""
+    return folder / (args.name or f"ipc{args.ipc}_{args.method}_seed{args.seed}")
+
+
+def command_for(args: argparse.Namespace, command: str, *options: str) -> str:
+    """The command that makes what is missing, to be shown in a message."""
+    names = ["preset", "data_dir", "runs", "size", "width", "depth"]
+    names += ["method", "seed", "name"] if command == "distill" else []
+    words = ["--dataset", args.dataset, "--ipc", args.ipc, *options]
+    words += [word for n in names if n in args.typed for word in ("--" + n.replace("_", "-"), getattr(args, n))]
+    words += ["--zca" if args.zca else "--no-zca"] * ("zca" in args.typed)
+    return shlex.join(["python", "iadd.py", command, *map(str, words)])
+
+
+def command_teachers(args: argparse.Namespace) -> None:
+    """Train teachers on the real data and keep their parameters after every epoch (Section 3.1)."""
+    shorten = args.epochs is None and args.ipc is not None
+    data, shared, folder = prepare(args, args.ipc or 1)
+    if shorten:  # the only epochs that distill with the preset of this IPC reads
+        args.epochs = args.max_start_epoch - 1 + args.expert_epochs
+    settings = {**shared, "lr_teacher": args.lr_teacher, "batch_real": args.batch_real, "seed": args.seed}
+    print("settings:", {"teachers": args.teachers, "epochs": args.epochs, **settings, "device": str(args.device)})
+    paths = [folder / "teachers" / f"{k:03d}.pt" for k in range(args.teachers)]
+    done = dict.fromkeys(paths, 0)  # epochs
+    for path in filter(Path.exists, paths):
+        old = load(path, TEACHER)
+        if wrong := differences(old["settings"], settings):
+            raise UserError(f"{path} was trained with {wrong}: choose another folder by --runs, or delete it")
+        done[path] = len(old["thetas"]) - 1
+    todo = [path for path in paths if done[path] < args.epochs]
+    print(f"{len(paths) - len(todo)} of {len(paths)} teachers are complete in {folder / 'teachers'}")
+    if not todo:
+        return
+    (folder / "teachers").mkdir(parents=True, exist_ok=True)
+    normalise = Normalisation.fit(data.train[0], args.zca, args.device)
+    (x, y), (x_test, y_test) = ((normalise(i), l.to(args.device)) for i, l in (data.train, data.test))
+    start = time.time()
+    with progress_bar(total=sum(args.epochs - done[path] for path in todo), unit="epoch") as bar:
+        for path in todo:
+            seed = (args.seed, "teacher", int(path.stem))
+            seed_all(*seed)
+            net = build("convnet", data, args.width, args.depth).to(args.device)
+            thetas = train_teacher(net, x, y, args.epochs, seed, load(path, TEACHER)["thetas"] if done[path] else None,
+                                   args.lr_teacher, args.batch_real, bar.update)
+            if not thetas.isfinite().all():
+                raise UserError(f"teacher {path.stem} diverged: lower --lr-teacher (now {args.lr_teacher:g})")
+            score = accuracy(net, x_test, y_test)
+            save({"thetas": thetas, "settings": settings, "test_accuracy": score}, path)
+            bar.set_postfix_str(f"teacher {path.stem} has {score:.1f} % test accuracy", refresh=False)
+    size = sum(path.stat().st_size for path in paths) / 1e6
+    print(f"{len(todo)} teachers trained in {time.time() - start:.0f} s, {peak_memory(args.device)}; the last has "
+          f"{score:.1f} % test accuracy; {len(paths)} take {size:.0f} MB of disk")
+
+
+def open_teachers(args: argparse.Namespace, shared: dict, folder: Path) -> list[Tensor]:
+    """The trajectories in `folder`, memory-mapped, (epochs + 1, P) each. Raises UserError if they do not fit."""
+    needed = args.max_start_epoch - 1 + args.expert_epochs
+    remedy = command_for(args, "teachers", "--epochs", needed)
+    teachers = []
+    for path in sorted(folder.glob("*.pt")):
+        content = load(path, TEACHER)
+        if wrong := differences(content["settings"], shared):
+            raise UserError(f"{path} does not fit this run: it has {wrong}")
+        if (epochs := len(content["thetas"]) - 1) < needed:
+            raise UserError(f"{path} holds {epochs} epochs, but --max-start-epoch {args.max_start_epoch} with "
+                            f"--expert-epochs {args.expert_epochs} reads {needed}; run: {remedy}")
+        teachers.append(content["thetas"])
+    if not teachers:
+        raise UserError(f"no teachers in {folder}; run: {remedy}")
+    return teachers
 
 
 def spread(W: Tensor) -> dict[str, float]:
@@ -631,111 +762,6 @@ def save_grid(images: Tensor, normalise: Normalisation, columns: int, path: Path
     torchvision.utils.save_image(pixels, path, nrow=columns, padding=4, pad_value=1.0)
 
 
-# ------------------------------------------------------------------------------------------------
-# Evaluation: fresh networks on a small set of images (Section 4.1; paper silent: MTT's protocol)
-
-def train_network(net: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, batch: int = 256,
-                  progress=lambda: None) -> None:
-    """SGD with momentum .9, weight decay 5e-4 and DSA; the learning rate drops tenfold half-way."""
-    optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, epochs // 2)])
-    for _ in range(epochs):
-        train_epoch(net, optimizer, x, y, batch)
-        schedule.step()
-        progress()
-
-
-# ------------------------------------------------------------------------------------------------
-# The three commands
-
-def prepare(args: argparse.Namespace, preset_ipc: int) -> tuple[Dataset, dict, Path]:
-    """Fills in from the preset what the user did not type, and loads the data.
-
-    Returns the dataset, the settings that teachers and students must share, and the folder of their runs."""
-    known = (args.dataset,) in parse_table(TRAINING, 1)
-    name = args.preset or (args.dataset if known else "cifar10")
-    for key, value in preset(name, preset_ipc).items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
-    data = load_dataset(args.dataset, args.data_dir, args.size)
-    args.depth = args.depth or default_depth(data.shape[1])
-    print(f"{data.name}: {len(data.train[0])} training and {len(data.test[0])} test images, {data.shape[1]}x"
-          f"{data.shape[2]}x{data.shape[0]}, {len(data.classes)} classes; settings of {name} where none are given")
-    shared = {"dataset": data.name, "fingerprint": data.fingerprint(), "shape": list(data.shape), "zca": args.zca,
-              "width": args.width, "depth": args.depth}
-    return data, shared, args.runs / f"{data.name}_{'zca' if args.zca else 'std'}_convnet-d{args.depth}-w{args.width}"
-
-
-def describe(settings: dict) -> None:
-    print("settings: " + "  ".join(f"{key}={value}" for key, value in settings.items()))
-
-
-def command_for(args: argparse.Namespace, command: str, *options: str) -> str:
-    """The command that makes what is missing, to be shown in a message."""
-    names = ("dataset", "preset", "data_dir", "runs", "size", "width", "depth")
-    words = [f"--{n.replace('_', '-')} {getattr(args, n)}" for n in names if n in args.typed or n == "dataset"]
-    words += ["--zca" if args.zca else "--no-zca"] * ("zca" in args.typed)
-    return " ".join(["python iadd.py", command, *words, f"--ipc {args.ipc}", *options])
-
-
-def command_teachers(args: argparse.Namespace) -> None:
-    """Train teachers on the real data and keep their parameters after every epoch (Section 3.1)."""
-    shorten = args.epochs is None and args.ipc is not None
-    data, shared, folder = prepare(args, args.ipc or 1)
-    if shorten:  # the only epochs that distill with the preset of this IPC reads
-        args.epochs = args.max_start_epoch - 1 + args.expert_epochs
-    settings = {**shared, "lr_teacher": args.lr_teacher, "batch_real": args.batch_real, "seed": args.seed}
-    describe({"teachers": args.teachers, "epochs": args.epochs, **settings, "device": args.device})
-    paths = [folder / "teachers" / f"{k:03d}.pt" for k in range(args.teachers)]
-    done = dict.fromkeys(paths, 0)  # epochs
-    for path in filter(Path.exists, paths):
-        old = load(path, "thetas", "settings")
-        if wrong := differences(old["settings"], settings):
-            raise UserError(f"{path} was trained with {wrong}: choose another folder by --runs, or delete it")
-        done[path] = len(old["thetas"]) - 1
-    todo = [path for path in paths if done[path] < args.epochs]
-    print(f"{len(paths) - len(todo)} of {len(paths)} teachers are complete in {folder / 'teachers'}")
-    if not todo:
-        return
-    normalise = Normalisation.fit(data.train[0], args.zca, args.device)
-    (x, y), (x_test, y_test) = ((normalise(i), l.to(args.device)) for i, l in (data.train, data.test))
-    start = time.time()
-    with progress_bar(total=sum(args.epochs - done[path] for path in todo), unit="epoch") as bar:
-        for path in todo:
-            seed = (args.seed, "teacher", int(path.stem))
-            seed_all(*seed)
-            net = build("convnet", data, args.width, args.depth).to(args.device)
-            thetas = train_teacher(net, x, y, args.epochs, seed, load(path)["thetas"] if done[path] else None,
-                                   args.lr_teacher, args.batch_real, bar.update)
-            score = accuracy(net, x_test, y_test)
-            save({"thetas": thetas, "settings": settings, "test_accuracy": score}, path)
-            bar.set_postfix_str(f"teacher {path.stem} has {score:.1f} % test accuracy", refresh=False)
-    size = sum(path.stat().st_size for path in paths) / 1e6
-    print(f"{len(todo)} teachers trained in {time.time() - start:.0f} s, {peak_memory(args.device)}; the last has "
-          f"{score:.1f} % test accuracy; {len(paths)} take {size:.0f} MB of disk")
-
-
-def open_teachers(args: argparse.Namespace, shared: dict, folder: Path) -> list[Tensor]:
-    """The trajectories in `folder`, memory-mapped, (epochs + 1, P) each. Raises UserError if they do not fit."""
-    needed = args.max_start_epoch - 1 + args.expert_epochs
-    remedy = command_for(args, "teachers", f"--epochs {needed}")
-    teachers = []
-    for path in sorted(folder.glob("*.pt")):
-        content = load(path, "thetas", "settings")
-        if wrong := differences(content["settings"], shared):
-            raise UserError(f"{path} does not fit this run: it has {wrong}")
-        if (epochs := len(content["thetas"]) - 1) < needed:
-            raise UserError(f"{path} holds {epochs} epochs, but --max-start-epoch {args.max_start_epoch} with "
-                            f"--expert-epochs {args.expert_epochs} reads {needed}; run: {remedy}")
-        teachers.append(content["thetas"])
-    if not teachers:
-        raise UserError(f"no teachers in {folder}; run: {remedy}")
-    return teachers
-
-
-RESULT = ("images", "labels", "alpha", "W", "mean", "scale", "classes", "settings", "iteration")  # of a distilled file
-
-
 def command_distill(args: argparse.Namespace) -> None:
     """Distil a dataset into a few images per class (Algorithm 1)."""
     data, shared, folder = prepare(args, args.ipc)
@@ -744,26 +770,27 @@ def command_distill(args: argparse.Namespace) -> None:
     names = ("ipc", "method", "iterations", "steps", "expert_epochs", "max_start_epoch", "batch", "lr_img", "lr_alpha",
              "alpha", "lr_w", "seed")
     settings = {**shared, **{name: getattr(args, name) for name in names}}
-    describe({**settings, "device": args.device})
+    print("settings:", {**settings, "device": str(args.device)})
     teachers = open_teachers(args, shared, folder / "teachers")
-    out = folder / f"ipc{args.ipc}_{args.method}_seed{args.seed}"
+    out = run_folder(args, folder)
     result = out / "distilled.pt"
     if result.exists() and not args.restart:
-        old = load(result, *RESULT)
-        if wrong := differences(old["settings"], settings):
-            raise UserError(f"{result} was made with {wrong}: --restart overwrites it, --seed or --runs keeps both")
-        if old["iteration"] == args.iterations:
+        old = load_result(result)
+        if old["iteration"] == args.iterations and old["settings"] == settings:
             return print(f"{result} is there already; --restart makes it anew")
-        if old["iteration"] > 0:
-            raise UserError(f"{result} stopped at iteration {old['iteration']}: --restart overwrites it")
+        raise UserError(f"{result} has {differences(old['settings'], settings) or 'the same settings'} and stands at "
+                        f"iteration {old['iteration']}: --restart begins anew, --name NAME keeps both")
 
+    if result.exists():
+        result.replace(out / "distilled.old.pt")
     seed_all(args.seed, "distill")
     normalise = Normalisation.fit(data.train[0], args.zca, args.device)
     images, labels = real_images(data, normalise, args.ipc)                    # Algorithm 1, line 1
     images.requires_grad_()
     alpha = torch.tensor(args.alpha, device=args.device, requires_grad=True)   # line 2
     net = build("convnet", data, args.width, args.depth).to(args.device)
-    W = torch.ones(teachers[0].shape[1], device=args.device, requires_grad=args.method == "iadd")
+    W = torch.ones(teachers[0].shape[1], dtype=torch.float64,  # float32 would round away steps below 3e-8
+                   device=args.device, requires_grad=args.method == "iadd")
 
     def checkpoint(iteration):
         tensors = {"images": images, "labels": labels, "W": W, "mean": normalise.mean, "scale": normalise.scale}
@@ -773,19 +800,18 @@ def command_distill(args: argparse.Namespace) -> None:
 
     checkpoint(0)
     print(f"{len(teachers)} teachers; the rows of {out}/images_*.png are {', '.join(data.classes)}")
-    steps = iadd(net, images, labels, alpha, W, teachers, T=args.iterations, J=args.steps, K=args.expert_epochs,
-                 max_start=args.max_start_epoch, batch=args.batch, lr_img=args.lr_img, lr_alpha=args.lr_alpha,
-                 lr_w=args.lr_w)
+    losses = iadd(net, images, labels, alpha, W, teachers, T=args.iterations, J=args.steps, K=args.expert_epochs,
+                  max_start=args.max_start_epoch, batch=args.batch, lr_img=args.lr_img, lr_alpha=args.lr_alpha,
+                  lr_w=args.lr_w)
     start = time.time()
-    with open(out / "log.csv", "w", newline="") as file, progress_bar(steps, total=args.iterations, unit="it") as bar:
+    with open(out / "log.csv", "w", newline="") as file, progress_bar(losses, total=args.iterations, unit="it") as bar:
         log = csv.DictWriter(file, ["iteration", "seconds", "loss", "alpha", *spread(W)])
         log.writeheader()
         for t, loss in enumerate(bar, 1):
             if not (math.isfinite(loss) and alpha > 0 and images.isfinite().all()):
-                cure = f"--lr-alpha {args.lr_alpha:g}" if math.isfinite(loss) and alpha <= 0 else \
-                    f"--lr-img {args.lr_img:g} or --alpha {args.alpha:g}"
-                raise UserError(f"diverged at iteration {t} (loss {loss:.4g}, alpha {alpha.item():.4g}): lower {cure} "
-                                f"and begin anew with --restart; {result} is the last good checkpoint")
+                raise UserError(f"diverged at iteration {t} (loss {loss:.4g}, alpha {alpha.item():.4g}): lower "
+                                f"{'--lr-alpha' if alpha <= 0 else '--alpha'}, --lr-img or --lr-w and begin anew with "
+                                f"--restart; {result} is the last good checkpoint")
             if t % 10 == 0 or t == args.iterations:
                 row = {"loss": loss, "alpha": alpha.item(), **spread(W.detach())}
                 bar.set_postfix_str(" ".join(f"{key} {value:.4g}" for key, value in row.items()), refresh=False)
@@ -799,17 +825,19 @@ def command_distill(args: argparse.Namespace) -> None:
 
 def command_eval(args: argparse.Namespace) -> None:
     """Train fresh networks on the distilled images and test them on real ones."""
-    content = load(args.distilled, *RESULT) if args.distilled else None
+    content = load_result(args.distilled) if args.distilled else None
     for key in ("dataset", "ipc", "width", "depth", "zca"):  # a file from elsewhere brings its own settings
-        if content and getattr(args, key) is None:
+        if content and (getattr(args, key) is None or key == "ipc"):
             setattr(args, key, content["settings"].get(key))
-    args.dataset, args.ipc = args.dataset or "cifar10", args.ipc or 1
-    data, _, folder = prepare(args, args.ipc)
-    path = args.distilled or folder / f"ipc{args.ipc}_{args.method}_seed{args.seed}" / "distilled.pt"
+    args.ipc = args.ipc or 1
+    data, shared, folder = prepare(args, args.ipc)
+    path = args.distilled or run_folder(args, folder) / "distilled.pt"
     if path.exists():
-        content = content or load(path, *RESULT)
+        content = content or load_result(path)
         if content["classes"] != data.classes or tuple(content["images"].shape[1:]) != data.shape:
             raise UserError(f"{path} was distilled from other classes or image sizes than {data.name} has")
+        if not args.distilled and (wrong := differences(content["settings"], shared)):
+            raise UserError(f"{path} does not belong to this dataset: it has {wrong}")
         normalise = Normalisation(content["mean"].to(args.device), content["scale"].to(args.device))
     elif "distilled" in args.on:
         raise UserError(f"{path} does not exist; run: {command_for(args, 'distill')}")
@@ -821,6 +849,7 @@ def command_eval(args: argparse.Namespace) -> None:
     x_test, y_test = normalise(data.test[0]), data.test[1].to(args.device)
     for arch, on in itertools.product(args.arch, args.on):  # whatever is wrong shows before hours of training
         build(arch, data, args.width, args.depth), sources[on]()
+    path.parent.mkdir(parents=True, exist_ok=True)
 
     print(f"\n{data.name}, IPC {args.ipc}: test accuracy after the last epoch, mean ± standard deviation\n"
           f"{'trained on':<12}{'network':<10}{'accuracy':>14}{'networks':>10}{'epochs':>8}{'lr':>10}{'seconds':>9}")
@@ -841,7 +870,6 @@ def command_eval(args: argparse.Namespace) -> None:
                "dataset": data.name, "ipc": args.ipc, "seed": args.seed, "seconds": round(seconds, 1)}
         if on == "distilled":
             row |= {"file": path.name, "iteration": content["iteration"], "settings": content["settings"]}
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.parent / "results.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
     print(f"appended to {path.parent / 'results.jsonl'}")
@@ -851,11 +879,11 @@ def command_eval(args: argparse.Namespace) -> None:
 # Command line
 
 def at_least(low: float, kind: type = int, strict: bool = False):
-    """An argparse type: a finite number not below `low` (or above it, if strict)."""
+    """An argparse type: a number from `low` (above it, if strict) to a thousand million."""
     def parse(text):
         value = kind(text)
-        if not (value > low if strict else value >= low) or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if strict else 'at least'} {low}")
+        if not (low < value if strict else low <= value) or value > 1e9:
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if strict else 'at least'} {low} and below 1e9")
         return value
     parse.__name__ = "number"  # argparse: "invalid number value: 'x'"
     return parse
@@ -863,15 +891,14 @@ def at_least(low: float, kind: type = int, strict: bool = False):
 
 def a_device(text: str) -> torch.device:
     try:
-        torch.zeros(1, device=text)
+        torch.zeros(1, device=text).item()
         return torch.device(text)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # whatever a missing backend raises
         raise argparse.ArgumentTypeError(f"{text} cannot be used here ({str(error).splitlines()[0]})") from None
 
 
 def make_parser() -> argparse.ArgumentParser:
     whole, above_zero, zero_up = at_least(1), at_least(0, float, strict=True), at_least(0, float)
-    tables = f"settings of the presets ({{}}):\n{TRAINING}{MATCHING}"
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{teachers,distill,eval}")
@@ -886,7 +913,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--runs", type=Path, default=Path("runs"), help="where results are written (default: runs)")
     add("--size", type=whole, help="side in pixels that a folder's images are resized to (default: as they are)")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
-    add("--device", type=a_device, default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    add("--device", type=a_device, help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     add = shared.add_argument_group("the ConvNet").add_argument
     add("--width", type=whole, help="channels of each convolution (default: preset, 128 in the paper)")
     add("--depth", type=whole, help="convolution blocks (default: by image size: 3 for 32 pixels, 4 for 64, 5 for 112)")
@@ -896,7 +923,7 @@ def make_parser() -> argparse.ArgumentParser:
     def command(name, function):
         text = function.__doc__
         sub = commands.add_parser(name, parents=[shared], help=text, description=text, formatter_class=form,
-                                  epilog=tables.format("default < preset < what is typed"))
+                                  epilog=f"presets (default < preset < what is typed):\n{TRAINING}{MATCHING}")
         sub.set_defaults(function=function)
         return sub.add_argument_group(name).add_argument
 
@@ -921,14 +948,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr-w", type=zero_up, default=1e-4, help="learning rate of the weights W (default: 1e-4, Section 4.1)")
     add("--checkpoint-every", type=whole, default=500, help="iterations between checkpoints (default: 500)")
     add("--restart", action="store_true", help="overwrite a result that is there already")
+    add("--name", help="folder of the result (default: ipc<IPC>_<method>_seed<seed>)")
 
     add = command("eval", command_eval)
     add("--ipc", type=whole, help="distilled images per class (default: 1)")
     add("--method", choices=["iadd", "mtt"], default="iadd", help="whose distilled file (default: iadd)")
+    add("--name", help="folder of the result (default: ipc<IPC>_<method>_seed<seed>)")
     add("--distilled", type=Path, metavar="FILE", help="a distilled file from elsewhere (default: the one in --runs)")
     add("--on", nargs="+", choices=["distilled", "random", "full"], default=["distilled"],
         help="distilled images, as many random real ones, or the whole training set (default: distilled)")
-    add("--arch", nargs="+", choices=list(ARCHITECTURES), default=["convnet"], help="networks to train (default: convnet)")
+    add("--arch", nargs="+", choices=ARCHITECTURES, default=["convnet"], help="networks to train (default: convnet)")
     add("--nets", type=whole, default=5, help="networks of each kind, differently initialised (default: 5)")
     add("--eval-epochs", type=whole, help="epochs of training (default: 1000; on the full set the preset's 50)")
     add("--lr", type=above_zero, help="learning rate (default: the learned alpha; on real images the teachers')")
@@ -943,11 +972,11 @@ def main(argv: list[str] | None = None) -> int:
     args.typed = [name for name, value in vars(args).items() if value != defaults[name]]
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if args.command != "eval":
-            args.dataset = args.dataset or "cifar10"
         args.function(args)
-    except (UserError, OSError) as error:
-        print(f"iadd.py: error: {error}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # not the user's: show where
+        print(f"iadd.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("iadd.py: interrupted; what has been written stays", file=sys.stderr)

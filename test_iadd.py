@@ -1,6 +1,7 @@
 """Tests of iadd.py: the method against plain references, the parts against what the paper and the literature
 state, and every command through the command line. Run: pytest -q"""
 import csv
+import itertools
 import json
 import math
 import os
@@ -359,7 +360,8 @@ def test_dsa_gradient(dsa):
 
 
 def test_augment_draws_one_group_a_batch_and_keeps_the_order(monkeypatch):
-    monkeypatch.setattr(iadd, "DSA", [lambda x, k=k: x * 0 + x.mean((1, 2, 3), keepdim=True) + 100 * k for k in range(6)])
+    marks = [lambda x, k=k: x * 0 + x.mean((1, 2, 3), keepdim=True) + 100 * k for k in range(6)]
+    monkeypatch.setattr(iadd, "DSA", marks)
     x = torch.arange(60.).view(60, 1, 1, 1, 1).expand(60, 4, 3, 2, 2)
     y = iadd.augment(x)
     group = (y - x) / 100
@@ -508,7 +510,7 @@ def run(tmp_path_factory):
 def test_files_of_a_run(run):
     tmp, options, folder, out = run
     assert sorted(p.name for p in (folder / "teachers").iterdir()) == ["000.pt", "001.pt"]
-    teacher = iadd.load(folder / "teachers" / "000.pt", "thetas", "settings", "test_accuracy")
+    teacher = iadd.load(folder / "teachers" / "000.pt", iadd.TEACHER)
     assert teacher["thetas"].shape[0] == 4 and teacher["settings"]["width"] == 4  # 3 epochs are read at IPC 1
     assert sorted(p.name for p in out.iterdir()) == [
         "distilled.pt", "images_00000.png", "images_00005.png", "images_00010.png", "images_00012.png", "log.csv"]
@@ -536,11 +538,11 @@ def test_grid_shows_the_real_images_at_the_start(run):
 def test_teachers_are_kept_and_continued(run, capsys):
     tmp, options, folder, _ = run
     path = folder / "teachers" / "000.pt"
-    before, stamp = iadd.load(path)["thetas"].clone(), path.stat().st_mtime_ns
+    before, stamp = iadd.load(path, iadd.TEACHER)["thetas"].clone(), path.stat().st_mtime_ns
     assert command("teachers", *options, "--teachers", 2, "--ipc", 1) == 0
     assert "2 of 2 teachers are complete" in capsys.readouterr().out and path.stat().st_mtime_ns == stamp
     assert command("teachers", *options, "--teachers", 3, "--epochs", 4) == 0
-    after = iadd.load(path)["thetas"]
+    after = iadd.load(path, iadd.TEACHER)["thetas"]
     assert after.shape[0] == 5 and torch.equal(after[:4], before) and (folder / "teachers" / "002.pt").exists()
 
 
@@ -560,27 +562,40 @@ def test_a_finished_result_is_not_overwritten(run, capsys):
     stamp = (out / "distilled.pt").stat().st_mtime_ns
     assert command(*words) == 0 and "is there already" in capsys.readouterr().out
     assert command(*words, "--lr-img", 7) == 2
-    assert "lr_img 100, not 7.0" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "lr_img 100, not 7.0" in error and "--name NAME keeps both" in error
+    assert command(*words, "--lr-img", 7, "--iterations", 1, "--name", "other") == 0
+    assert (folder / "other" / "distilled.pt").exists()
     assert (out / "distilled.pt").stat().st_mtime_ns == stamp
 
 
 def test_mtt_keeps_the_weights_at_one(run):
     tmp, options, folder, _ = run
     assert command("distill", *options, "--iterations", 2, "--steps", 2, "--method", "mtt", "--lr-w", 10) == 0
-    assert (iadd.load(folder / "ipc1_mtt_seed0" / "distilled.pt")["W"] == 1).all()
+    assert (iadd.load_result(folder / "ipc1_mtt_seed0" / "distilled.pt")["W"] == 1).all()
+
+
+def test_weights_move_at_the_papers_learning_rate(run):
+    """Steps of 1e-4 times 1e-6 are far below what float32 can subtract from 1."""
+    W = iadd.load_result(run[3] / "distilled.pt")["W"]
+    assert W.dtype == torch.float64 and (W < 1).float().mean() > 0.95 and W.mean() > 0.999
 
 
 @pytest.mark.parametrize("words, says", [
-    (["--lr-img", 1e30], "lower --lr-img"), (["--lr-alpha", 1e6], "lower --lr-alpha"), (["--alpha", 1e30], "--alpha")])
+    (["--lr-w", 1e9], "or --lr-w"), (["--lr-alpha", 1e6], "lower --lr-alpha"), (["--alpha", 1e9], "lower --alpha")])
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(run, capsys, words, says):
     tmp, options, folder, _ = run
     seed = 100 + len(says)
-    assert command("distill", *options, "--iterations", 40, "--steps", 3, "--seed", seed, "--checkpoint-every", 1,
-                   "--restart", *words) == 2
+    distill = ["distill", *options, "--steps", 3, "--seed", seed, "--restart"]
+    assert command(*distill, "--iterations", 2) == 0
+    assert command(*distill, "--iterations", 40, "--checkpoint-every", 1, *words) == 2
     error = capsys.readouterr().err
     assert says in error and "Traceback" not in error
-    kept = iadd.load(folder / f"ipc1_iadd_seed{seed}" / "distilled.pt", *iadd.RESULT)
+    kept = iadd.load_result(folder / f"ipc1_iadd_seed{seed}" / "distilled.pt")
     assert kept["images"].isfinite().all() and kept["alpha"] > 0 and kept["W"].isfinite().all()
+    assert kept["iteration"] < 40
+    old = iadd.load_result(folder / f"ipc1_iadd_seed{seed}" / "distilled.old.pt")  # what --restart replaced
+    assert old["iteration"] == 2
 
 
 def test_eval_all_architectures(run, capsys):
@@ -589,12 +604,13 @@ def test_eval_all_architectures(run, capsys):
                    "--nets", 2, "--eval-epochs", 1) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [json.loads(line) for line in open(out / "results.jsonl")][-12:]
-    assert {(r["on"], r["arch"]) for r in rows} == {(o, a) for o in ("distilled", "random", "full") for a in iadd.ARCHITECTURES}
+    assert {(r["on"], r["arch"]) for r in rows} == set(itertools.product(("distilled", "random", "full"),
+                                                                        iadd.ARCHITECTURES))
     for r in rows:
         assert len(r["accuracies"]) == 2 and r["mean"] == pytest.approx(sum(r["accuracies"]) / 2)
         assert any(line.split()[:2] == [r["on"], r["arch"]] and f"{r['mean']:.1f} ±" in line for line in lines)
     distilled = next(r for r in rows if r["on"] == "distilled")
-    assert distilled["lr"] == iadd.load(out / "distilled.pt")["alpha"]
+    assert distilled["lr"] == iadd.load_result(out / "distilled.pt")["alpha"]
 
 
 def test_eval_of_a_file_from_elsewhere(run, capsys):
@@ -615,7 +631,7 @@ def test_help_explains_every_option():
     for name in ("teachers", "distill", "eval"):
         text = subprocess.run([sys.executable, "iadd.py", name, "--help"], capture_output=True, text=True, check=True,
                               cwd=Path(iadd.__file__).parent, env={**os.environ, "COLUMNS": "400"}).stdout
-        options = re.split(r"\n  (?=--)", text.split("\n\nsettings of the presets")[0])[1:]
+        options = re.split(r"\n  (?=--)", text.split("\n\npresets (")[0])[1:]
         assert len(options) > 14
         for option in options:
             assert "(default: " in option or option.startswith("--restart"), option
@@ -624,21 +640,22 @@ def test_help_explains_every_option():
 
 # ---- bad input: one clear line, exit code 2 -------------------------------------------------------
 
-def test_defaults_are_the_papers(monkeypatch):
-    seen = {}
-    monkeypatch.setattr(iadd, "load_dataset", lambda name, *_: seen.update(dataset=name) or iadd.make_shapes(2, 1))
-    monkeypatch.setattr(iadd, "describe", lambda settings: seen.update(settings) or iadd_stop())
+def settings_of(*words):
+    args = iadd.make_parser().parse_args([str(word) for word in words])
+    iadd.prepare(args, args.ipc or 1)
+    return args
 
-    def iadd_stop():
-        raise UserError("enough")
 
-    assert command("teachers", "--dataset", "cifar10") == 2
-    assert (seen["dataset"], seen["teachers"], seen["epochs"]) == ("shapes", 200, 50)
-    assert seen["lr_teacher"] == .01 and seen["batch_real"] == 256 and seen["width"] == 128 and seen["depth"] == 3
-    assert command("distill", "--ipc", "1") == 2
-    assert (seen["iterations"], seen["steps"], seen["lr_w"], seen["zca"], seen["seed"]) == (5000, 50, 1e-4, True, 0)
-    assert command("distill", "--ipc", "50", "--steps", "7") == 2
-    assert (seen["steps"], seen["lr_img"], seen["zca"]) == (7, 1000, False)
+def test_defaults_are_the_papers(monkeypatch, tmp_path):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCifar)
+    s = settings_of("teachers", "--dataset", "cifar10", "--data-dir", tmp_path)
+    assert (s.teachers, s.epochs, s.lr_teacher, s.batch_real, s.width, s.depth) == (200, 50, .01, 256, 128, 3)
+    s = settings_of("distill", "--ipc", 1)
+    assert (s.dataset, s.iterations, s.steps, s.lr_w, s.zca, s.seed) == ("cifar10", 5000, 50, 1e-4, True, 0)
+    s = settings_of("distill", "--ipc", 50, "--steps", 7)  # default < preset < what is typed
+    assert (s.steps, s.lr_img, s.zca) == (7, 1000, False)
+    s = settings_of("eval", "--arch", "vgg11")
+    assert (s.dataset, s.arch, s.nets, s.on) == ("cifar10", ["vgg11"], 5, ["distilled"])
 
 
 def refused(capsys, *words):
@@ -659,6 +676,8 @@ def test_bad_datasets(tmp_path, capsys, monkeypatch):
         return refused(capsys, "teachers", "--data-dir", tmp_path / "data", "--runs", tmp_path / "runs", *words)
 
     assert "unknown dataset 'nonsense'" in says("--dataset", "nonsense")
+    assert "diverged: lower --lr-teacher" in says("--dataset", "shapes", "--lr-teacher", 1e9, "--epochs", 1)
+    assert not list((tmp_path / "runs").rglob("*.pt"))
     (tmp_path / "empty").mkdir()
     assert "train/<class>/" in says("--dataset", tmp_path / "empty")
     assert "single class, cat" in says("--dataset", make_folder(tmp_path / "one", ["cat"]))
@@ -668,10 +687,14 @@ def test_bad_datasets(tmp_path, capsys, monkeypatch):
     root = make_folder(tmp_path / "broken")
     (root / "train" / "dog" / "2.png").write_bytes((root / "train" / "dog" / "2.png").read_bytes()[:200])
     assert "broken/train/dog/2.png" in says("--dataset", root)
+    root = make_folder(tmp_path / "deep")
+    Image.fromarray(np.full((32, 32), 999, np.uint16)).save(root / "test" / "dog" / "1.png")
+    assert "deep/test/dog/1.png" in says("--dataset", root)
     root = make_folder(tmp_path / "sizes")
     Image.new("RGB", (32, 40)).save(root / "test" / "dog" / "2.png")
     message = says("--dataset", root)
     assert "test/dog/2.png has 32x40" in message and "--size" in message
+    assert "--no-zca" in says("--dataset", make_folder(tmp_path / "large", size=90), "--ipc", 1)
     assert "--size resizes" in says("--dataset", "shapes", "--size", 8)
     assert "convnet needs images of 128 pixels" in says("--dataset", "shapes", "--depth", 7)
 
@@ -680,7 +703,7 @@ def test_bad_datasets(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", no_network)
     assert "cannot download cifar10" in says("--dataset", "cifar10")
-    assert not (tmp_path / "runs").exists() and not list((tmp_path / "data").rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.tmp")) and not list((tmp_path / "runs").rglob("*.pt"))
 
 
 @pytest.mark.parametrize("words, says", [
@@ -689,10 +712,11 @@ def test_bad_datasets(tmp_path, capsys, monkeypatch):
     (["distill", "--ipc", 0], "0 is not at least 1"),
     (["distill", "--alpha", 0], "0 is not above 0"),
     (["distill", "--lr-img", "nan"], "nan is not at least 0"),
-    (["distill", "--lr-img", "inf"], "inf is not at least 0"),
+    (["distill", "--lr-img", "inf"], "inf is not at least 0 and below"),
     (["distill", "--method", "magic"], "invalid choice: 'magic'"),
     (["eval", "--arch", "vgg99"], "invalid choice: 'vgg99'"),
     (["eval", "--device", "toaster"], "toaster cannot be used here"),
+    (["eval", "--device", "meta"], "meta cannot be used here"),
     (["eval", "--preset", "mnist"], "invalid choice: 'mnist'"),
 ])
 def test_bad_options(words, says, capsys):
@@ -733,6 +757,9 @@ def test_eval_without_a_result(run, capsys):
     message = refused(capsys, "eval", *options, "--ipc", 3, "--zca")
     assert "does not exist; run: python iadd.py distill" in message and "--ipc 3" in message
     assert "does not exist" in refused(capsys, "eval", "--distilled", tmp / "nowhere.pt")
+    other = make_folder(tmp / "other" / "pets")  # the same names, other images
+    Image.new("RGB", (32, 32)).save(other / "train" / "cat" / "0.png")
+    assert "fingerprint" in refused(capsys, "eval", *options[2:], "--dataset", other)
     assert "other classes or image sizes" in refused(
         capsys, "eval", "--distilled", run[3] / "distilled.pt", "--dataset", "shapes")
 
@@ -745,9 +772,22 @@ def test_corrupt_files_are_named(run, tmp_path, capsys):
         bad.write_bytes(content)
         assert "bad.pt is damaged" in refused(capsys, "eval", "--distilled", bad)
     torch.save({"images": torch.zeros(1)}, bad)
-    assert "lacks labels" in refused(capsys, "eval", "--distilled", bad)
-    torch.save([1, 2], bad)
-    assert "bad.pt" in refused(capsys, "eval", "--distilled", bad)
+    assert "bad.pt is damaged or not such a file" in refused(capsys, "eval", "--distilled", bad)
+    result = torch.load(out / "distilled.pt", weights_only=True)
+    for change in ({"images": result["images"][0]}, {"images": result["images"] / 0}, {"images": None}, {"alpha": -1.0},
+                   {"alpha": "1"}, {"labels": result["labels"] + 1}, {"labels": result["labels"][:2]}, {"settings": []}):
+        torch.save({**result, **change}, bad)
+        assert "bad.pt is " in refused(capsys, "eval", "--distilled", bad)
+    for content in ([1, 2], "text", list(iadd.RESULT)):
+        torch.save(content, bad)
+        assert "bad.pt is damaged" in refused(capsys, "eval", "--distilled", bad)
+    other = tmp_path / "runs" / folder.name / "teachers"
+    other.mkdir(parents=True)
+    teacher = torch.load(folder / "teachers" / "000.pt", weights_only=True)
+    for key, value in [("thetas", teacher["thetas"][0]), ("thetas", None), ("settings", None)]:
+        torch.save({**teacher, key: value}, other / "000.pt")
+        for step in ("teachers", "distill"):
+            assert "000.pt is " in refused(capsys, step, *options, "--runs", tmp_path / "runs", "--ipc", 1)
 
 
 class Evil:
@@ -758,7 +798,7 @@ class Evil:
 def test_files_run_no_code(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({key: Evil() for key in iadd.RESULT}, "evil.pt")
-    assert "evil.pt is damaged or not a file of iadd.py" in refused(capsys, "eval", "--distilled", "evil.pt")
+    assert "evil.pt is damaged or not such a file of iadd.py" in refused(capsys, "eval", "--distilled", "evil.pt")
     assert not Path("evil_ran").exists()
 
 
@@ -773,7 +813,7 @@ def test_save_is_all_or_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", dies_half_way)
     with pytest.raises(UserError, match="No space left"):
         iadd.save({"a": torch.zeros(3)}, path)
-    assert iadd.load(path, "a")["a"].tolist() == [1, 1, 1] and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+    assert iadd.load(path, {"a": (1,)})["a"].tolist() == [1, 1, 1] and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
 # ---- does it work? --------------------------------------------------------------------------------
