@@ -371,8 +371,8 @@ def uniform(x: Tensor, low: float, high: float) -> Tensor:
 
 def warp(x: Tensor, a=1.0, b=0.0, tx=0.0, c=0.0, d=1.0, ty=0.0, mode: str = "bilinear") -> Tensor:
     """Samples x at (a u + b v + tx, c u + d v + ty), u, v in [-1, 1]; 0 outside. Arguments (N,) or numbers."""
-    matrix = torch.stack([torch.as_tensor(m, dtype=x.dtype, device=x.device).expand(len(x))
-                          for m in (a, b, tx, c, d, ty)], 1).view(-1, 2, 3)
+    rows = [m.to(x.dtype) if isinstance(m, Tensor) else x.new_full((len(x),), m) for m in (a, b, tx, c, d, ty)]
+    matrix = torch.stack(rows, 1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, list(x.shape), align_corners=True)  # (N, H, W, 2)
     return F.grid_sample(x, grid, mode, padding_mode="zeros", align_corners=True)
 
@@ -573,7 +573,7 @@ def flat_loss(net: nn.Module):
 
 
 class StudentStep(torch.autograd.Function):
-    """One step of Eq. (2), theta - alpha grad l(theta, x, y), differentiable in theta, alpha and x.
+    """One step of Eq. (2), theta - alpha grad ell(theta, x, y), differentiable in theta, alpha and x.
 
     Unrolling J such steps with create_graph=True would keep every activation of all of them. This keeps the
     step's inputs only, and its backward pass runs the step again as one vector-Jacobian product: the same

@@ -24,6 +24,11 @@ from iadd import Dataset, Normalisation, StudentStep, UserError, main
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def tiny_problem(dtype=torch.float64, J=4, B=3):
     """A small ConvNet, J mini-batches, alpha, W and a teacher segment, all differentiable leaves."""
     torch.manual_seed(0)
@@ -314,7 +319,7 @@ def test_dsa_crop():
                       if torch.equal(padded[:, 4 + dy:36 + dy, 4 + dx:36 + dx], b))  # exact pixels, zero fill
         shifts.add((dx, dy))
     assert {s for s, _ in shifts} == {s for _, s in shifts} == set(range(-4, 5)) and len(shifts) > 60
-    assert torch.equal(iadd.dsa_crop(torch.ones(200, 1, 64, 64)).sum((1, 2, 3)).min(), torch.tensor(56. * 56))
+    assert iadd.dsa_crop(torch.ones(2000, 1, 64, 64)).sum((1, 2, 3)).min() == 56 * 56  # up to 8 pixels of 64
 
 
 def test_dsa_cutout():
