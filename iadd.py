@@ -660,8 +660,7 @@ def prepare(args: argparse.Namespace, preset_ipc: int) -> tuple[Dataset, dict, P
 
     Returns the dataset, the settings that teachers and students must share, and the folder of their runs."""
     args.dataset = "cifar10" if args.dataset is None else args.dataset
-    known = (args.dataset,) in parse_table(TRAINING, 1)
-    name = args.preset or (args.dataset if known else "cifar10")
+    name = args.preset or (args.dataset if (args.dataset,) in parse_table(TRAINING, 1) else "cifar10")
     for key, value in preset(name, preset_ipc).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
@@ -756,9 +755,7 @@ def spread(W: Tensor) -> dict[str, float]:
 
 def save_grid(images: Tensor, normalise: Normalisation, columns: int, path: Path) -> None:
     """The distilled images as a PNG, one class a row, back in pixels and enlarged to at least 96 a side."""
-    pixels = normalise.inverse(images).clamp(0, 1)
-    zoom = math.ceil(96 / images.shape[-1])
-    pixels = F.interpolate(pixels, scale_factor=zoom, mode="nearest")
+    pixels = F.interpolate(normalise.inverse(images).clamp(0, 1), scale_factor=math.ceil(96 / images.shape[-1]))
     torchvision.utils.save_image(pixels, path, nrow=columns, padding=4, pad_value=1.0)
 
 
@@ -774,15 +771,16 @@ def command_distill(args: argparse.Namespace) -> None:
     teachers = open_teachers(args, shared, folder / "teachers")
     out = run_folder(args, folder)
     result = out / "distilled.pt"
-    if result.exists() and not args.restart:
-        old = load_result(result)
-        if old["iteration"] == args.iterations and old["settings"] == settings:
-            return print(f"{result} is there already; --restart makes it anew")
-        raise UserError(f"{result} has {differences(old['settings'], settings) or 'the same settings'} and stands at "
-                        f"iteration {old['iteration']}: --restart begins anew, --name NAME keeps both")
-
     if result.exists():
-        result.replace(out / "distilled.old.pt")
+        old = load_result(result)
+        if not args.restart and old["iteration"] == args.iterations and old["settings"] == settings:
+            return print(f"{result} is there already; --restart makes it anew")
+        if not args.restart:
+            raise UserError(f"{result} has {differences(old['settings'], settings) or 'the same settings'} and stands "
+                            f"at iteration {old['iteration']}: --restart begins anew, --name NAME keeps both")
+        if old["iteration"] > 0:  # a run that never got anywhere must not push out the one before it
+            result.replace(out / "distilled.old.pt")
+
     seed_all(args.seed, "distill")
     normalise = Normalisation.fit(data.train[0], args.zca, args.device)
     images, labels = real_images(data, normalise, args.ipc)                    # Algorithm 1, line 1
@@ -929,7 +927,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = command("teachers", command_teachers)
     add("--teachers", type=whole, help="how many trajectories (default: preset, 200 in the paper for CIFAR)")
-    add("--epochs", type=whole, help="epochs of each (default: 50; with --ipc only those that distill reads)")
+    add("--epochs", type=whole, help="epochs of each (default: preset, 50; with --ipc only those that distill reads)")
     add("--ipc", type=whole, help="train only the epochs that distill with this IPC reads (default: all)")
     add("--lr-teacher", type=above_zero, help="learning rate, plain SGD (default: preset, .01)")
     add("--batch-real", type=whole, help="images a step (default: preset, 256)")
@@ -947,7 +945,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--alpha", type=above_zero, help="alpha_0, the student's first learning rate (default: preset)")
     add("--lr-w", type=zero_up, default=1e-4, help="learning rate of the weights W (default: 1e-4, Section 4.1)")
     add("--checkpoint-every", type=whole, default=500, help="iterations between checkpoints (default: 500)")
-    add("--restart", action="store_true", help="overwrite a result that is there already")
+    add("--restart", action="store_true", help="begin anew, the result that is there becomes distilled.old.pt")
     add("--name", help="folder of the result (default: ipc<IPC>_<method>_seed<seed>)")
 
     add = command("eval", command_eval)

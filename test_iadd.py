@@ -574,6 +574,16 @@ def test_a_finished_result_is_not_overwritten(run, capsys):
     assert (out / "distilled.pt").stat().st_mtime_ns == stamp
 
 
+def test_restarting_twice_does_not_lose_the_result(run):
+    """The second try fails before its first checkpoint; what the first replaced is still there."""
+    tmp, options, folder, _ = run
+    distill = ["distill", *options, "--steps", 2, "--name", "twice", "--restart", "--iterations", 2]
+    assert command(*distill) == 0
+    for _ in range(2):
+        assert command(*distill, "--lr-alpha", 1e9) == 2
+    assert iadd.load_result(folder / "twice" / "distilled.old.pt")["iteration"] == 2
+
+
 def test_mtt_keeps_the_weights_at_one(run):
     tmp, options, folder, _ = run
     assert command("distill", *options, "--iterations", 2, "--steps", 2, "--method", "mtt", "--lr-w", 10) == 0
