@@ -630,7 +630,8 @@ def iadd(net: nn.Module, images: Tensor, labels: Tensor, alpha: Tensor, W: Tenso
         theta_start, theta_target = (theta.to(images.device) for theta in random_segment(teachers, K, max_start))
         # The images stay as they are for an iteration, so that all J mini-batches can be made at once.
         index = minibatches(len(images), batch, J, images.device)                         # line 7, Eq. (1)
-        x, y = augment(images[index]), labels[index]                                      # (J, batch, C, H, W)
+        x = images.index_select(0, index.flatten())  # images[index] would add its gradients in no fixed order
+        x, y = augment(x.view(J, batch, *images.shape[1:])), labels[index]                # (J, batch, C, H, W)
         theta = theta_start                                                               # line 5
         for j in range(J):                                                                # lines 6, 10
             theta = StudentStep.apply(ell, theta, alpha, x[j], y[j])                      # lines 8-9, Eq. (2)

@@ -561,6 +561,22 @@ def test_same_seed_same_bits(run):
     assert not same(results[0]["images"], results[2]["images"])
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="CUDA adds in no fixed order")
+def test_same_bits_at_a_real_size():
+    """Large enough for PyTorch to share out the sum of the images' gradients over threads."""
+    def distilled():
+        torch.manual_seed(0)
+        net = iadd.convnet((3, 32, 32), 10, width=8)
+        teachers = [torch.randn(3, count(net)).cumsum(0) * 0.05]
+        images, W = torch.randn(10, 3, 32, 32, requires_grad=True), torch.ones(count(net), requires_grad=True)
+        list(iadd.iadd(net, images, torch.arange(10), torch.tensor(0.02, requires_grad=True), W, teachers, T=3, J=20,
+                       K=2, max_start=1, batch=10, lr_img=100, lr_alpha=0, lr_w=0))
+        return images.detach()
+
+    first = distilled()
+    assert all(torch.equal(first, distilled()) for _ in range(3))
+
+
 def test_a_finished_result_is_not_overwritten(run, capsys):
     tmp, options, folder, out = run
     words = ["distill", *options, "--iterations", 12, "--steps", 3]
