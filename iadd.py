@@ -38,18 +38,19 @@ Glossary
 import argparse
 import ast
 import csv
+import ctypes
 import functools
-import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
-import shlex
 import statistics
 import sys
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
@@ -91,10 +92,8 @@ covid          20     20              2               10    1000      1e-6    .0
 shapes          1     10              2                4     300      1e-5    .03    all   no
 """
 
-
 class UserError(Exception):
     """Something the user can mend. The command line prints it as one line and exits with code 2."""
-
 
 def parse_table(text: str, keys: int) -> dict[tuple, dict]:
     """One of the tables above as {(first `keys` columns): {column: value}}; a batch of "all" becomes None."""
@@ -106,89 +105,73 @@ def parse_table(text: str, keys: int) -> dict[tuple, dict]:
     header, *rows = [[value(word) for word in line.split()] for line in text.strip().splitlines()]
     return {tuple(row[:keys]): dict(zip(header[keys:], row[keys:])) for row in rows}
 
-
 def preset(name: str, ipc: int) -> dict:
     """The settings of dataset `name` for the largest listed IPC that does not exceed `ipc` (else the smallest)."""
     rows = {row_ipc: row for (row_name, row_ipc), row in parse_table(MATCHING, 2).items() if row_name == name}
     nearest = max((n for n in rows if n <= ipc), default=min(rows))
     return {**parse_table(TRAINING, 1)[name,], **rows[nearest]}
 
-
 def seed_all(*key) -> None:
     """Start the random stream named `key`, such as (seed, "teacher", 3): one stream for each purpose, so
     that no evaluated network starts from the very parameters that the images were matched to."""
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
-
 def differences(found: dict, wanted: dict) -> str:
     """Says in words where `found` departs from `wanted` ("width 32, not 128"); empty if nowhere."""
     return ", ".join(f"{k} {found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v)
 
-
 # ------------------------------------------------------------------------------------------------
 # Files (written whole or not at all, read as data and never as code), progress, memory
 
-def save(obj, path: Path) -> None:
+def checksum(content: dict) -> str:
+    """Of a dict of CPU tensors and plain values."""
+    parts = (value.contiguous().numpy() if isinstance(value, Tensor) else repr(value).encode()
+             for _, value in sorted(content.items()))
+    return f"{functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0):08x}"
+
+def save(content: dict, path: Path) -> None:
     """torch.save under a temporary name, then a rename: `path` never holds half a file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(obj, temporary)
+        torch.save({**content, "checksum": checksum(content)}, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
-
-TEACHER = {"thetas": (2,), "settings": dict}  # what a file must hold: a type, or a tensor's possible dimensions
-RESULT = {"images": (4,), "labels": (1,), "alpha": float, "W": (1,), "mean": (1, 3), "scale": (2, 3), "classes": list,
-          "settings": dict, "iteration": int}
-
-
-def load(path: Path, kinds: dict) -> dict:
-    """A dict written by `save`, its tensors memory-mapped on the CPU. Raises UserError if the file is missing,
-    damaged or something else."""
+def load(path: Path, *keys: str) -> dict:
+    """What `save` wrote, its tensors memory-mapped. Raises UserError if the file is missing, damaged or another's."""
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        wrong = [key for key, kind in kinds.items() if not (
-            isinstance(content[key], kind) if isinstance(kind, type) else content[key].dim() in kind)]
+        if content.pop("checksum") != checksum(content) or not content.keys() >= set(keys):
+            raise ValueError(f"not the {' and '.join(keys)} that were saved")
+        return content
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # torch raises half a dozen types for a damaged file
-        raise UserError(f"{path} is damaged or not such a file of iadd.py ({type(error).__name__} {error})"
-                        .splitlines()[0][:300]) from None
-    if wrong:
-        raise UserError(f"{path} is not such a file of iadd.py: {', '.join(wrong)} of a wrong kind")
-    return content
+        reason = f"{type(error).__name__} {error}".splitlines()[0][:200]
+        raise UserError(f"{path} is damaged or not such a file of iadd.py: {reason}") from None
 
-
-def load_result(path: Path) -> dict:
-    """A distilled file, checked. Raises UserError."""
-    result = load(path, RESULT)
-    n, labels = len(result["images"]), result["labels"]
-    if not (0 < n == len(labels) and 0 <= labels.min() and labels.max() < len(result["classes"])
-            and result["images"].isfinite().all() and 0 < result["alpha"] < math.inf):
-        raise UserError(f"{path} is damaged: its images, labels or alpha make no sense")
-    return result
-
+RESULT = "images", "labels", "alpha", "W", "mean", "scale", "classes", "settings", "iteration"  # of distilled.pt
 
 def progress_bar(iterable=None, **options) -> tqdm:
     """tqdm, but with one line in half a minute where the output is not a terminal."""
     return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
 
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """x there; a copy to a GPU does not wait for the work that is queued on it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
-def peak_memory(device: torch.device) -> str:
-    """In words, the most memory that this process has held: on the GPU, or in all."""
+def peak_memory(device: torch.device) -> float:
+    """GB of memory that this process has held at most: on the GPU, or in all."""
     if device.type == "cuda":
-        return f"peak {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of GPU memory"
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return "peak memory unknown"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
-
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:  # not getrusage, whose maximum begins with that of the process that started this one
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6
+    except OSError:  # not Linux
+        return math.nan
 
 # ------------------------------------------------------------------------------------------------
 # Datasets
@@ -206,24 +189,19 @@ class Dataset:
         """(C, H, W) of every image."""
         return tuple(self.train[0].shape[1:])
 
-    def fingerprint(self) -> str:
-        """A checksum of the training images and labels, to tell what a teacher was trained on."""
-        images, labels = (part.contiguous().numpy() for part in self.train)
-        return f"{zlib.crc32(labels, zlib.crc32(images)):08x}"
-
-
 def load_dataset(name: str, data_dir: Path, size: int | None = None) -> Dataset:
     """cifar10, cifar100, shapes, or a folder with train/<class>/* and test/<class>/*.
 
     size: side in pixels that a folder's images are resized to. Raises UserError."""
-    if name in ("cifar10", "cifar100", "shapes"):
-        if size:
-            raise UserError(f"--size resizes the images of a folder; {name} is not one")
-        return make_shapes() if name == "shapes" else load_cifar(name, data_dir)
+    if size and name in ("cifar10", "cifar100", "shapes"):
+        raise UserError(f"--size resizes the images of a folder; {name} is not one")
+    if name == "shapes":
+        return make_shapes()
+    if name in ("cifar10", "cifar100"):
+        return load_cifar(name, data_dir)
     if Path(name).is_dir():
         return load_folder(Path(name), data_dir, size)
     raise UserError(f"unknown dataset {name!r}: --dataset takes cifar10, cifar100, shapes or a folder")
-
 
 def load_cifar(name: str, data_dir: Path) -> Dataset:
     """CIFAR-10 or CIFAR-100 [53], downloaded to data_dir on first use (170 MB)."""
@@ -235,7 +213,6 @@ def load_cifar(name: str, data_dir: Path) -> Dataset:
                         f"https://www.cs.toronto.edu/~kriz/cifar.html into {data_dir} yourself") from None
     pairs = [(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts]
     return Dataset(name, list(parts[0].classes), *pairs)
-
 
 def read_image(path: str, size: int | None) -> np.ndarray:
     """One image file as uint8 (H, W, C), C = 1 if it is greyscale, else 3. Raises UserError."""
@@ -252,7 +229,6 @@ def read_image(path: str, size: int | None) -> np.ndarray:
         raise UserError(f"cannot read the image {path}: {error}") from None
     return pixels.reshape(*pixels.shape[:2], -1)
 
-
 def load_folder(root: Path, data_dir: Path, size: int | None = None) -> Dataset:
     """A folder of images, train/<class>/* and test/<class>/*; greyscale if all of them are.
 
@@ -268,9 +244,8 @@ def load_folder(root: Path, data_dir: Path, size: int | None = None) -> Dataset:
         raise UserError(f"{root}/train holds a single class, {classes[0]}; at least two are needed")
     files = [path for part in parts for path, _ in part.samples]
     stamps = [(os.path.relpath(f, root), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
-    key = hashlib.sha1(repr((root.resolve(), size, stamps)).encode()).hexdigest()[:12]
     name = root.resolve().name + (f"-{size}px" if size else "")
-    cache = data_dir / "cache" / f"{name}-{key}.pt"
+    cache = data_dir / "cache" / f"{name}-{checksum({'root': root.resolve(), 'size': size, 'files': stamps})}.pt"
     if not cache.exists():
         with ThreadPoolExecutor() as pool:
             reading = pool.map(lambda file: read_image(file, size), files)
@@ -282,9 +257,8 @@ def load_folder(root: Path, data_dir: Path, size: int | None = None) -> Dataset:
                                 f"images must be squares of one size, --size makes them so")
         images = np.stack([np.broadcast_to(array, (side, side, channels)) for array in arrays])
         save({"images": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()}, cache)
-    images = load(cache, {"images": (4,)})["images"].split([len(part.samples) for part in parts])
+    images = load(cache, "images")["images"].split([len(part.samples) for part in parts])
     return Dataset(name, classes, *((i.clone(), torch.tensor(part.targets)) for i, part in zip(images, parts)))
-
 
 def make_shapes(train: int = 200, test: int = 50, size: int = 32, seed: int = 0) -> Dataset:
     """Ten procedural classes of shapes and textures, `train` and `test` images of each, without any download.
@@ -312,15 +286,13 @@ def make_shapes(train: int = 200, test: int = 50, size: int = 32, seed: int = 0)
         tilt, scale = draw(-.3, .3), draw(.4, .8)
         u, v = (np.cos(tilt) * x - np.sin(tilt) * y) / scale, (np.sin(tilt) * x + np.cos(tilt) * y) / scale
         inside = (pattern(u, v) * scale * size / 2 + 0.5).clip(0, 1)  # with soft edges
-        ground = draw(0, .5, 3)
-        image = (ground + inside * draw(.2, .5, 3)) * (1 + draw(-.3, .3) * x + draw(-.3, .3) * y)
+        image = (draw(0, .5, 3) + inside * draw(.2, .5, 3)) * (1 + draw(-.3, .3) * x + draw(-.3, .3) * y)
         image += rng.normal(0, .15, image.shape)
         return torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8))
 
     images, labels = torch.stack([render(pattern) for pattern in patterns.values()]), torch.arange(len(patterns))
     pairs = [(part.flatten(0, 1), labels.repeat_interleave(part.shape[1])) for part in images.split([train, test], 1)]
     return Dataset("shapes", list(patterns), *pairs)
-
 
 class Normalisation:
     """Maps uint8 images to network input and back, fitted on training images alone. Works on its own device.
@@ -357,7 +329,6 @@ class Normalisation:
             return (self.mean + torch.linalg.solve(self.scale, z.flatten(1).T).T).view_as(z)
         return z / self.scale + self.mean
 
-
 # ------------------------------------------------------------------------------------------------
 # Differentiable Siamese augmentation (DSA), script A in Eq. (2)
 # Zhao, Bilen: "Dataset condensation with differentiable Siamese augmentation", ICML 2021 [47]
@@ -368,14 +339,12 @@ def uniform(x: Tensor, low: float, high: float) -> Tensor:
     """One number from U(low, high) for each image of x, (N,)."""
     return torch.rand(len(x), dtype=x.dtype, device=x.device) * (high - low) + low
 
-
 def warp(x: Tensor, a=1.0, b=0.0, tx=0.0, c=0.0, d=1.0, ty=0.0, mode: str = "bilinear") -> Tensor:
     """Samples x at (a u + b v + tx, c u + d v + ty), u, v in [-1, 1]; 0 outside. Arguments (N,) or numbers."""
     rows = [m.to(x.dtype) if isinstance(m, Tensor) else x.new_full((len(x),), m) for m in (a, b, tx, c, d, ty)]
     matrix = torch.stack(rows, 1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, list(x.shape), align_corners=True)  # (N, H, W, 2)
     return F.grid_sample(x, grid, mode, padding_mode="zeros", align_corners=True)
-
 
 def dsa_color(x: Tensor) -> Tensor:
     """Brightness + U(-.5, .5), then saturation * U(0, 2), then contrast * U(.5, 1.5)."""
@@ -385,13 +354,11 @@ def dsa_color(x: Tensor) -> Tensor:
     mean = x.mean((1, 2, 3), keepdim=True)
     return mean + (x - mean) * uniform(x, .5, 1.5).view(-1, 1, 1, 1)
 
-
 def dsa_crop(x: Tensor) -> Tensor:
     """Shift by whole pixels, up to an eighth of the side in x and in y."""
     side, reach = x.shape[-1], round(x.shape[-1] / 8)
     dx, dy = 2 * torch.randint(-reach, reach + 1, (2, len(x)), device=x.device) / (side - 1)
     return warp(x, tx=dx, ty=dy, mode="nearest")
-
 
 def dsa_cutout(x: Tensor) -> Tensor:
     """Set a square of half the side to 0; its centre lies anywhere."""
@@ -401,36 +368,30 @@ def dsa_cutout(x: Tensor) -> Tensor:
     rows, columns = (pixel >= start) & (pixel < start + hole)  # (N, side) each
     return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
-
 def dsa_flip(x: Tensor) -> Tensor:
     """Left-right, with probability .5."""
     return torch.where(uniform(x, 0, 1).view(-1, 1, 1, 1) < .5, x.flip(3), x)
 
-
 def dsa_scale(x: Tensor) -> Tensor:
     """Scale the sampling grid by U(1/1.2, 1.2), in x and in y independently."""
     return warp(x, a=uniform(x, 1 / 1.2, 1.2), d=uniform(x, 1 / 1.2, 1.2))
-
 
 def dsa_rotate(x: Tensor) -> Tensor:
     """Rotate by U(-15, 15) degrees."""
     angle = uniform(x, -math.pi / 12, math.pi / 12)
     return warp(x, a=angle.cos(), b=-angle.sin(), c=angle.sin(), d=angle.cos())
 
-
 DSA = [dsa_color, dsa_crop, dsa_cutout, dsa_flip, dsa_scale, dsa_rotate]
-
 
 def augment(x: Tensor) -> Tensor:
     """Augments J mini-batches at once, (J, B, C, H, W): each draws one of the six groups for all its images.
 
     Differentiable in x. Random numbers come from torch's global generators."""
     group = torch.randint(len(DSA), (len(x),))  # drawn on the CPU, so that nothing waits for a GPU
-    order = group.argsort()
+    order = on_device(group.argsort(), x.device)
     parts = x[order].split(group.bincount(minlength=len(DSA)).tolist())
     done = [dsa(part.flatten(0, 1)).view_as(part) for dsa, part in zip(DSA, parts) if len(part)]
     return torch.cat(done)[order.argsort()]
-
 
 # ------------------------------------------------------------------------------------------------
 # Networks. "Instance normalisation" is GroupNorm with one channel a group: no running statistics,
@@ -451,53 +412,31 @@ def plain_network(shape: tuple[int, int, int], classes: int, layers: list, norm:
             channels = width
     return nn.Sequential(*modules, nn.Flatten(), nn.Linear(channels * side * side, classes))
 
-
-class ResidualBlock(nn.Module):
-    """Basic block of ResNet [7] with instance normalisation."""
-
-    def __init__(self, channels: int, width: int, stride: int):
-        super().__init__()
-        def conv_norm(inputs, kernel, stride):
-            return [nn.Conv2d(inputs, width, kernel, stride, kernel // 2, bias=False), nn.GroupNorm(width, width)]
-        self.body = nn.Sequential(*conv_norm(channels, 3, stride), nn.ReLU(), *conv_norm(width, 3, 1))
-        self.shortcut = nn.Sequential(*(conv_norm(channels, 1, stride) if stride > 1 else []))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.shortcut(x))
-
-
 def convnet(shape, classes, width=128, depth=3) -> nn.Module:
     """ConvNetD<depth>, the network of teachers and students (Section 4.1); 320,010 parameters for CIFAR-10."""
     return plain_network(shape, classes, [(width, 3), "avg"] * depth)
-
 
 def alexnet(shape, classes) -> nn.Module:
     """AlexNet [6] as this field uses it for small images: no stride, no normalisation, a single linear layer."""
     layers = [(128, 5), "max", (192, 5), "max", (256, 3), (192, 3), (192, 3), "max"]
     return plain_network(shape, classes, layers, norm=False)
 
-
 def vgg11(shape, classes) -> nn.Module:
     """VGG11 [89] with a single linear layer."""
     widths = [64, "max", 128, "max", 256, 256, "max", 512, 512, "max", 512, 512, "max"]
     return plain_network(shape, classes, [w if w == "max" else (w, 3) for w in widths])
 
-
 def resnet18(shape, classes) -> nn.Module:
-    """ResNet18 [7] for small images: a 3x3 stem without stride or pooling."""
-    stem = [nn.Conv2d(shape[0], 64, 3, padding=1, bias=False), nn.GroupNorm(64, 64), nn.ReLU()]
-    blocks = [ResidualBlock(*b) for b in [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2),
-                                          (256, 256, 1), (256, 512, 2), (512, 512, 1)]]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
-
+    """ResNet18 [7] for small images: a 3x3 stem without stride or pooling, and PyTorch's usual initialisation."""
+    net = torchvision.models.resnet18(num_classes=classes, norm_layer=lambda width: nn.GroupNorm(width, width))
+    net.conv1, net.maxpool = nn.Conv2d(shape[0], 64, 3, padding=1, bias=False), nn.Identity()
+    return net.apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
 
 ARCHITECTURES = {"convnet": convnet, "alexnet": alexnet, "vgg11": vgg11, "resnet18": resnet18}
-
 
 def default_depth(size: int) -> int:
     """ConvNetD3 for 32 pixels a side, D4 for 64, D5 for 112 (Sections 4.2 and 4.5)."""
     return max(1, round(math.log2(size)) - 2)
-
 
 def build(arch: str, data: Dataset, width: int = 128, depth: int = 3) -> nn.Module:
     """A freshly initialised network for a dataset; width and depth are the ConvNet's. Raises UserError."""
@@ -507,151 +446,222 @@ def build(arch: str, data: Dataset, width: int = 128, depth: int = 3) -> nn.Modu
     options = {"width": width, "depth": depth} if arch == "convnet" else {}
     return ARCHITECTURES[arch](data.shape, len(data.classes), **options)
 
+# ------------------------------------------------------------------------------------------------
+# Networks as pure functions of their parameters, and what makes such functions fast
+
+def flat_parameters(net: nn.Module) -> Tensor:
+    """A copy of all parameters of `net` as one vector theta, (P,)."""
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+def functional(net: nn.Module):
+    """`net` as predict(theta, x): (P,), (B, C, H, W) -> (B, classes). Of `net` itself only the structure is used."""
+    names, shapes = zip(*((name, p.shape) for name, p in net.named_parameters()))
+    sizes = [shape.numel() for shape in shapes]
+
+    def predict(theta: Tensor, x: Tensor) -> Tensor:
+        parameters = {n: part.view(s) for n, part, s in zip(names, theta.split(sizes), shapes)}
+        return torch.func.functional_call(net, parameters, (x,), strict=True)
+
+    return predict
+
+def flat_loss(net: nn.Module):
+    """The cross-entropy of `net` as ell(theta, x, y): (P,), (B, C, H, W), (B,) -> ()."""
+    predict = functional(net)
+    return lambda theta, x, y: F.cross_entropy(predict(theta, x), y)
+
+def plain(function):
+    """No acceleration."""
+    return function
+
+def recorded(function):
+    """A function of tensors on a GPU, whose kernels CUDA records at the first call and replays, all at once, at every
+    later one: launching them one by one from Python takes longer than running them. Shapes must not change; a result
+    is overwritten by the next call."""
+    replay = None
+
+    def call(*inputs):
+        nonlocal replay
+        if replay is None:
+            examples = tuple(i.detach().clone().requires_grad_(i.requires_grad) for i in inputs)
+            replay = torch.cuda.make_graphed_callables(function, examples)
+        return replay(*inputs)
+
+    return call
+
+def forward_flops(net: nn.Module, x: Tensor) -> int:
+    """Floating-point operations of one forward pass. Forward and backward take about three times as many."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x)
+    return counter.get_total_flops()
+
+def accelerators(net: nn.Module, x: Tensor, passes: float, wanted: bool | None = None) -> tuple:
+    """Two transformations of functions, (compile, record), that change nothing but speed and rounding.
+
+    wanted: --compile, --no-compile, or None to compile if as many forward `passes` of x would take minutes."""
+    if wanted is False:
+        return plain, plain
+    record = recorded if x.is_cuda else plain
+    if wanted or passes * forward_flops(net, x) > (1e15 if x.is_cuda else 1e13):
+        try:
+            torch.compile(lambda x: x + 1)(x)
+            print("compiling first, for up to a minute (--no-compile does without)", file=sys.stderr)
+            return functools.partial(torch.compile, dynamic=False), record
+        except Exception as error:  # no C++ compiler, no Triton, an unsupported Python: each has a type of its own
+            print(f"torch.compile does not work here ({type(error).__name__}): going on without", file=sys.stderr)
+    return plain, record
+
+def keep_freed_memory() -> None:
+    """Speed on a Linux CPU: lets malloc keep the large blocks that are freed, instead of returning them to the system,
+    which clears every page before it gives them out again. That is up to half of the time of a training step."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0), mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD of glibc's malloc.h
+    except (AttributeError, OSError, TypeError):
+        pass  # another system, another malloc
 
 # ------------------------------------------------------------------------------------------------
 # Training on a set of images: teachers, and the networks of the evaluation
 
-def train_epoch(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, batch: int) -> None:
-    """One pass over x (N, C, H, W), y (N,) in random mini-batches with DSA."""
-    for index in torch.randperm(len(x), device=x.device).split(batch):
-        loss = F.cross_entropy(net(augment(x[index][None])[0]), y[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+def minibatches(n: int, batch: int, J: int, device) -> Tensor:
+    """Indices of J mini-batches, (J, batch), batch <= n: every pass over the n images is a fresh permutation, cut into
+    batches; an incomplete last one is filled up with the first images of the pass."""
+    a_pass = math.ceil(n / batch)
+    index = torch.rand(math.ceil(J / a_pass), n, device=device).argsort(1)
+    return index[:, torch.arange(a_pass * batch) % n].view(-1, batch)[:J]
 
+def train(ell, theta: Tensor, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, epochs: int, batch: int,
+          progress=lambda steps: None) -> None:
+    """Passes over x (N, C, H, W), y (N,) in random mini-batches with DSA. Updates theta (P,) in place."""
+    batch = min(batch, len(x))
+    for index in minibatches(len(x), batch, epochs * math.ceil(len(x) / batch), x.device).split(max(1, 4096 // batch)):
+        for x_j, y_j in zip(augment(x[index]), y[index]):  # thousands of images are augmented at once
+            optimizer.zero_grad()
+            ell(theta, x_j, y_j).backward()
+            optimizer.step()
+        progress(len(index))
 
-@torch.no_grad()
-def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of x that `net` classifies rightly, in per cent."""
-    hits = sum((net(a).argmax(1) == b).sum() for a, b in zip(x.split(1000), y.split(1000)))
-    return 100 * hits.item() / len(x)
-
-
-def train_teacher(net: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: tuple, thetas: Tensor | None = None,
-                  lr: float = 0.01, batch: int = 256, progress=lambda: None) -> Tensor:
+def train_teacher(ell, theta: Tensor, x: Tensor, y: Tensor, epochs: int, seed: tuple, lr: float = 0.01,
+                  batch: int = 256, progress=lambda steps: None) -> Tensor:
     """A teacher's trajectory theta_0 ... theta_epochs on the CPU, (epochs + 1, P), float32 (Section 3.1).
 
-    thetas: the beginning of the trajectory, to be continued. SGD without momentum has no state but theta
-    and each epoch has its own random stream, so it goes on exactly as if it had never stopped."""
-    if thetas is not None:  # copy: vector_to_parameters makes the live weights views of its argument
-        vector_to_parameters(thetas[-1].to(x.device, copy=True), net.parameters())
-    snapshots = [parameters_to_vector(net.parameters()).detach().cpu()] if thetas is None else list(thetas)
-    optimizer = torch.optim.SGD(net.parameters(), lr)
+    theta: the trajectory so far, (1 or more, P). SGD without momentum has no state but its last row, and each
+    epoch has its own random stream, so it goes on exactly as if it had never stopped."""
+    snapshots, theta = list(theta), theta[-1].to(x.device, copy=True).requires_grad_()
+    optimizer = torch.optim.SGD([theta], lr)
     for epoch in range(len(snapshots) - 1, epochs):
         seed_all(*seed, "epoch", epoch)
-        train_epoch(net, optimizer, x, y, batch)
-        snapshots.append(parameters_to_vector(net.parameters()).detach().cpu())  # a copy, not a view
-        progress()
+        train(ell, theta, optimizer, x, y, 1, batch, progress)
+        snapshots.append(theta.detach().to("cpu", copy=True))  # a copy, not a view of the live weights
     return torch.stack(snapshots)
 
+def train_network(ell, theta: Tensor, x: Tensor, y: Tensor, epochs: int, lr: float, batch: int = 256,
+                  progress=lambda steps: None) -> Tensor:
+    """Trains a network of the evaluation from theta (P,) on (Section 4.1 is silent on how: MTT's protocol): SGD with
+    momentum .9, weight decay 5e-4 and DSA; the learning rate drops tenfold half-way. Returns its parameters."""
+    theta = theta.to(x.device, copy=True).requires_grad_()
+    optimizer = torch.optim.SGD([theta], lr, momentum=0.9, weight_decay=5e-4)
+    first_half = max(1, epochs // 2)
+    train(ell, theta, optimizer, x, y, first_half, batch, progress)
+    if epochs > first_half:
+        optimizer.param_groups[0]["lr"] = lr / 10
+        train(ell, theta, optimizer, x, y, epochs - first_half, batch, progress)
+    return theta.detach()
 
-def train_network(net: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, batch: int = 256,
-                  progress=lambda: None) -> None:
-    """Trains a network of the evaluation (Section 4.1 is silent on how: MTT's protocol): SGD with momentum .9,
-    weight decay 5e-4 and DSA; the learning rate drops tenfold half-way."""
-    optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, epochs // 2)])
-    for _ in range(epochs):
-        train_epoch(net, optimizer, x, y, batch)
-        schedule.step()
-        progress()
-
+@torch.no_grad()
+def accuracy(net: nn.Module, theta: Tensor, x: Tensor, y: Tensor) -> float:
+    """Share of x that `net` with the parameters theta classifies rightly, in per cent."""
+    predict = functional(net)
+    hits = sum((predict(theta, a).argmax(1) == b).sum() for a, b in zip(x.split(1000), y.split(1000)))
+    return 100 * hits.item() / len(x)
 
 # ------------------------------------------------------------------------------------------------
 # IADD: Section 3, Algorithm 1
 
-def flat_loss(net: nn.Module):
-    """The cross-entropy as a pure function ell(theta, x, y) of the flat parameters; of `net` only the structure."""
-    names, shapes = zip(*((name, p.shape) for name, p in net.named_parameters()))
-    sizes = [shape.numel() for shape in shapes]
-
-    def ell(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:  # (P,), (B, C, H, W), (B,) -> ()
-        parameters = {n: part.view(s) for n, part, s in zip(names, theta.split(sizes), shapes)}
-        return F.cross_entropy(torch.func.functional_call(net, parameters, (x,), strict=True), y)
-
-    return ell
-
-
-class StudentStep(torch.autograd.Function):
-    """One step of Eq. (2), theta - alpha grad ell(theta, x, y), differentiable in theta, alpha and x.
+def student_step(net: nn.Module, compile=plain):
+    """One step of Eq. (2), step(theta, alpha, x, y) = theta - alpha grad ell, differentiable in theta, alpha and x.
 
     Unrolling J such steps with create_graph=True would keep every activation of all of them. This keeps the
-    step's inputs only, and its backward pass runs the step again as one vector-Jacobian product: the same
-    gradients, with the memory of a single step."""
+    step's inputs only, and its backward pass runs the step again, as one vector-Jacobian product: the same gradients
+    with the memory of a single step."""
+    ell = flat_loss(net)
 
-    @staticmethod
-    def step(ell, theta, alpha, x, y):
+    def step(theta, alpha, x, y):
         return theta - alpha * torch.func.grad(ell)(theta, x, y)
 
-    @staticmethod
-    def forward(ctx, ell, theta, alpha, x, y):
-        ctx.ell = ell
-        ctx.save_for_backward(theta, alpha, x, y)
-        return StudentStep.step(ell, theta, alpha, x, y)
+    def back(v, theta, alpha, x, y):
+        _, vjp = torch.func.vjp(lambda *inputs: step(*inputs, y), theta, alpha, x)
+        return vjp(v)
 
-    @staticmethod
-    def backward(ctx, v):
-        theta, alpha, x, y = ctx.saved_tensors
-        _, vjp = torch.func.vjp(lambda *inputs: StudentStep.step(ctx.ell, *inputs, y), theta, alpha, x)
-        return None, *vjp(v), None  # nothing for ell and y
+    fast_step, fast_back = compile(step), compile(back)
 
+    class StudentStep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.save_for_backward(*inputs)
+            return fast_step(*inputs)
+
+        @staticmethod
+        def backward(ctx, v):
+            return *fast_back(v, *ctx.saved_tensors), None  # nothing for y
+
+    return StudentStep.apply
 
 def iadd_loss(theta: Tensor, theta_start: Tensor, theta_target: Tensor, W: Tensor) -> Tensor:
     """Eq. (9) with (7) and (8): ||W theta - W theta_target||^2 / ||theta_start - theta_target||^2, all (P,)."""
     return (W * (theta - theta_target)).square().sum() / (theta_start - theta_target).square().sum()
 
+def random_segments(teachers: list[Tensor], K: int, max_start: int, T: int):
+    """Yields theta_i and theta_{i+K} of a random teacher, i uniform in [0, max_start), T times (line 4). Each pair is
+    read from its file while the one before is in use."""
+    picks = zip(torch.randint(len(teachers), (T,)).tolist(), torch.randint(max_start, (T,)).tolist())
 
-def random_segment(teachers: list[Tensor], K: int, max_start: int) -> tuple[Tensor, Tensor]:
-    """theta_i and theta_{i+K} of a random teacher, i uniform in [0, max_start) (line 4)."""
-    teacher = teachers[torch.randint(len(teachers), ()).item()]  # (epochs + 1, P), in a file
-    i = torch.randint(max_start, ()).item()
-    return teacher[i], teacher[i + K]
+    def read(n, i):
+        return teachers[n][i].clone(), teachers[n][i + K].clone()
 
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(read, *next(picks))
+        for pick in picks:
+            segment, upcoming = upcoming.result(), reader.submit(read, *pick)
+            yield segment
+        yield upcoming.result()
 
-def minibatches(n: int, batch: int, J: int, device) -> Tensor:
-    """Indices of J mini-batches, (J, batch): every pass over the n images is a fresh permutation, cut into
-    batches; an incomplete last one is left out."""
-    a_pass = n // batch
-    index = torch.rand(math.ceil(J / a_pass), n, device=device).argsort(1)
-    return index[:, :a_pass * batch].reshape(-1, batch)[:J]
-
-
-def iadd(net: nn.Module, images: Tensor, labels: Tensor, alpha: Tensor, W: Tensor, teachers: list[Tensor], *,
-         T: int, J: int, K: int, max_start: int, batch: int, lr_img: float, lr_alpha: float, lr_w: float):
-    """Algorithm 1. Updates images (N, C, H, W), alpha () and W (P,) in place; yields the loss T times.
+def iadd(step, images: Tensor, labels: Tensor, alpha: Tensor, W: Tensor, teachers: list[Tensor], *, T: int, J: int,
+         K: int, max_start: int, batch: int, lr_img: float, lr_alpha: float, lr_w: float, record=plain):
+    """Algorithm 1. Updates images (N, C, H, W), alpha () and W (P,) in place; yields the loss, a tensor (), T times.
 
     With W.requires_grad == False the weights stay as they are: W = 1 is MTT."""
-    ell = flat_loss(net)
+    @record
+    def student(theta, alpha, x, y):                              # (P,), (), (J, batch, C, H, W), (J, batch) -> (P,)
+        for x_j, y_j in zip(x, y):                                                        # lines 6, 10
+            theta = step(theta, alpha, x_j, y_j)                                          # lines 8-9, Eq. (2)
+        return theta
+
     optimizer = torch.optim.SGD([  # paper silent on momentum: MTT's .5; W follows plain SGD (Section 4.1)
         {"params": [alpha], "lr": lr_alpha, "momentum": 0.5},                             # Eq. (10)
         {"params": [W], "lr": lr_w, "momentum": 0},                                       # Eq. (11)
         {"params": [images], "lr": lr_img, "momentum": 0.5}])                             # Eq. (12)
-    for _ in range(T):                                                                    # line 3
-        theta_start, theta_target = (theta.to(images.device) for theta in random_segment(teachers, K, max_start))
+    for segment in random_segments(teachers, K, max_start, T):                            # lines 3-4
+        theta_start, theta_target = (on_device(theta, images.device) for theta in segment)  # line 5
         # The images stay as they are for an iteration, so that all J mini-batches can be made at once.
         index = minibatches(len(images), batch, J, images.device)                         # line 7, Eq. (1)
         x = images.index_select(0, index.flatten())  # images[index] would add its gradients in no fixed order
         x, y = augment(x.view(J, batch, *images.shape[1:])), labels[index]                # (J, batch, C, H, W)
-        theta = theta_start                                                               # line 5
-        for j in range(J):                                                                # lines 6, 10
-            theta = StudentStep.apply(ell, theta, alpha, x[j], y[j])                      # lines 8-9, Eq. (2)
+        theta = student(theta_start, alpha, x, y)                                         # lines 6-10
         loss = iadd_loss(theta, theta_start, theta_target, W)                             # lines 11-13, Eq. (9)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()                                                                  # line 14, Eq. (10)-(13)
-        yield loss.item()
-
+        yield loss.detach()
 
 def real_images(data: Dataset, normalise: Normalisation, ipc: int) -> tuple[Tensor, Tensor]:
     """`ipc` random training images of each class, normalised, and their labels; class after class (line 1)."""
     members = [torch.nonzero(data.train[1] == c)[:, 0] for c in range(len(data.classes))]
-    smallest = min(range(len(members)), key=lambda c: len(members[c]))
-    if ipc > len(members[smallest]):
-        raise UserError(f"IPC {ipc} is too large: class {data.classes[smallest]} has {len(members[smallest])} images")
+    fewest, name = min((len(member), name) for member, name in zip(members, data.classes))
+    if ipc > fewest:
+        raise UserError(f"IPC {ipc} is too large: class {name} has {fewest} images")
     index = torch.cat([member[torch.randperm(len(member))[:ipc]] for member in members])
     images = normalise(data.train[0][index])
     return images, data.train[1][index].to(images.device)
-
 
 # ------------------------------------------------------------------------------------------------
 # The three commands
@@ -670,25 +680,13 @@ def prepare(args: argparse.Namespace, preset_ipc: int) -> tuple[Dataset, dict, P
     build("convnet", data, args.width, args.depth)  # says at once if the images are too small
     print(f"{data.name}: {len(data.train[0])} training and {len(data.test[0])} test images, {data.shape[1]}x"
           f"{data.shape[2]}x{data.shape[0]}, {len(data.classes)} classes; settings of {name} where none are given")
-    shared = {"dataset": data.name, "fingerprint": data.fingerprint(), "shape": list(data.shape), "zca": args.zca,
-              "width": args.width, "depth": args.depth}
+    shared = {"dataset": data.name, "fingerprint": checksum(dict(enumerate(data.train))), "shape": list(data.shape),
+              "zca": args.zca, "width": args.width, "depth": args.depth}
     return data, shared, args.runs / f"{data.name}_{'zca' if args.zca else 'std'}_convnet-d{args.depth}-w{args.width}"
-
 
 def run_folder(args: argparse.Namespace, folder: Path) -> Path:
     """Where a distillation and its evaluations are kept."""
     return folder / (args.name or f"ipc{args.ipc}_{args.method}_seed{args.seed}")
-
-
-def command_for(args: argparse.Namespace, command: str, *options: str) -> str:
-    """The command that makes what is missing, to be shown in a message."""
-    names = ["preset", "data_dir", "runs", "size", "width", "depth"]
-    names += ["method", "seed", "name"] if command == "distill" else []
-    words = ["--dataset", args.dataset, "--ipc", args.ipc, *options]
-    words += [word for n in names if n in args.typed for word in ("--" + n.replace("_", "-"), getattr(args, n))]
-    words += ["--zca" if args.zca else "--no-zca"] * ("zca" in args.typed)
-    return shlex.join(["python", "iadd.py", command, *map(str, words)])
-
 
 def command_teachers(args: argparse.Namespace) -> None:
     """Train teachers on the real data and keep their parameters after every epoch (Section 3.1)."""
@@ -699,66 +697,66 @@ def command_teachers(args: argparse.Namespace) -> None:
     settings = {**shared, "lr_teacher": args.lr_teacher, "batch_real": args.batch_real, "seed": args.seed}
     print("settings:", {"teachers": args.teachers, "epochs": args.epochs, **settings, "device": str(args.device)})
     paths = [folder / "teachers" / f"{k:03d}.pt" for k in range(args.teachers)]
-    done = dict.fromkeys(paths, 0)  # epochs
+    trained = {}  # the trajectories so far
     for path in filter(Path.exists, paths):
-        old = load(path, TEACHER)
+        old = load(path, "thetas", "settings")
         if wrong := differences(old["settings"], settings):
             raise UserError(f"{path} was trained with {wrong}: choose another folder by --runs, or delete it")
-        done[path] = len(old["thetas"]) - 1
-    todo = [path for path in paths if done[path] < args.epochs]
+        trained[path] = old["thetas"]
+    todo = {path: args.epochs + 1 - len(trained.get(path, [0])) for path in paths}  # epochs
+    todo = {path: epochs for path, epochs in todo.items() if epochs > 0}
     print(f"{len(paths) - len(todo)} of {len(paths)} teachers are complete in {folder / 'teachers'}")
     if not todo:
         return
-    (folder / "teachers").mkdir(parents=True, exist_ok=True)
     normalise = Normalisation.fit(data.train[0], args.zca, args.device)
     (x, y), (x_test, y_test) = ((normalise(i), l.to(args.device)) for i, l in (data.train, data.test))
-    start = time.time()
-    with progress_bar(total=sum(args.epochs - done[path] for path in todo), unit="epoch") as bar:
+    net = build("convnet", data, args.width, args.depth).to(args.device)
+    steps = sum(todo.values()) * math.ceil(len(x) / args.batch_real)
+    compile, record = accelerators(net, x[:args.batch_real], 3 * steps, args.compile)
+    ell, start = record(compile(flat_loss(net))), time.time()
+    with progress_bar(total=steps, unit="step") as bar:
         for path in todo:
             seed = (args.seed, "teacher", int(path.stem))
             seed_all(*seed)
-            net = build("convnet", data, args.width, args.depth).to(args.device)
-            thetas = train_teacher(net, x, y, args.epochs, seed, load(path, TEACHER)["thetas"] if done[path] else None,
-                                   args.lr_teacher, args.batch_real, bar.update)
+            theta_0 = flat_parameters(build("convnet", data, args.width, args.depth))
+            thetas = train_teacher(ell, trained.get(path, theta_0[None]), x, y, args.epochs, seed, args.lr_teacher,
+                                   args.batch_real, bar.update)
             if not thetas.isfinite().all():
                 raise UserError(f"teacher {path.stem} diverged: lower --lr-teacher (now {args.lr_teacher:g})")
-            score = accuracy(net, x_test, y_test)
+            score = accuracy(net, thetas[-1].to(args.device), x_test, y_test)
             save({"thetas": thetas, "settings": settings, "test_accuracy": score}, path)
             bar.set_postfix_str(f"teacher {path.stem} has {score:.1f} % test accuracy", refresh=False)
     size = sum(path.stat().st_size for path in paths) / 1e6
-    print(f"{len(todo)} teachers trained in {time.time() - start:.0f} s, {peak_memory(args.device)}; the last has "
-          f"{score:.1f} % test accuracy; {len(paths)} take {size:.0f} MB of disk")
-
+    print(f"{len(todo)} teachers trained in {time.time() - start:.0f} s, peak memory {peak_memory(args.device):.2f} GB;"
+          f" the last has {score:.1f} % test accuracy; {len(paths)} take {size:.0f} MB of disk")
 
 def open_teachers(args: argparse.Namespace, shared: dict, folder: Path) -> list[Tensor]:
     """The trajectories in `folder`, memory-mapped, (epochs + 1, P) each. Raises UserError if they do not fit."""
     needed = args.max_start_epoch - 1 + args.expert_epochs
-    remedy = command_for(args, "teachers", "--epochs", needed)
+    remedy = f"python iadd.py teachers --dataset {args.dataset} --ipc {args.ipc} --epochs {needed}"
     teachers = []
     for path in sorted(folder.glob("*.pt")):
-        content = load(path, TEACHER)
+        content = load(path, "thetas", "settings")
         if wrong := differences(content["settings"], shared):
             raise UserError(f"{path} does not fit this run: it has {wrong}")
         if (epochs := len(content["thetas"]) - 1) < needed:
             raise UserError(f"{path} holds {epochs} epochs, but --max-start-epoch {args.max_start_epoch} with "
-                            f"--expert-epochs {args.expert_epochs} reads {needed}; run: {remedy}")
+                            f"--expert-epochs {args.expert_epochs} reads {needed}; run first, with the same further "
+                            f"options: {remedy}")
         teachers.append(content["thetas"])
     if not teachers:
-        raise UserError(f"no teachers in {folder}; run: {remedy}")
+        raise UserError(f"no teachers in {folder}; run first, with the same further options: {remedy}")
     return teachers
-
 
 def spread(W: Tensor) -> dict[str, float]:
     """How far the importance weights have come from 1: minimum, 1 % quantile, median, mean."""
     return {"W_min": W.min().item(), "W_1pct": W.kthvalue(math.ceil(len(W) / 100)).values.item(),
             "W_median": W.median().item(), "W_mean": W.mean().item()}
 
-
 def save_grid(images: Tensor, normalise: Normalisation, columns: int, path: Path) -> None:
     """The distilled images as a PNG, one class a row, back in pixels and enlarged to at least 96 a side."""
     pixels = F.interpolate(normalise.inverse(images).clamp(0, 1), scale_factor=math.ceil(96 / images.shape[-1]))
     torchvision.utils.save_image(pixels, path, nrow=columns, padding=4, pad_value=1.0)
-
 
 def command_distill(args: argparse.Namespace) -> None:
     """Distil a dataset into a few images per class (Algorithm 1)."""
@@ -773,10 +771,10 @@ def command_distill(args: argparse.Namespace) -> None:
     out = run_folder(args, folder)
     result = out / "distilled.pt"
     if result.exists():
-        old = load_result(result)
-        if not args.restart and old["iteration"] == args.iterations and old["settings"] == settings:
-            return print(f"{result} is there already; --restart makes it anew")
+        old = load(result, *RESULT)
         if not args.restart:
+            if old["iteration"] == args.iterations and old["settings"] == settings:
+                return print(f"{result} is there already; --restart makes it anew")
             raise UserError(f"{result} has {differences(old['settings'], settings) or 'the same settings'} and stands "
                             f"at iteration {old['iteration']}: --restart begins anew, --name NAME keeps both")
         if old["iteration"] > 0:  # a run that never got anywhere must not push out the one before it
@@ -799,32 +797,34 @@ def command_distill(args: argparse.Namespace) -> None:
 
     checkpoint(0)
     print(f"{len(teachers)} teachers; the rows of {out}/images_*.png are {', '.join(data.classes)}")
-    losses = iadd(net, images, labels, alpha, W, teachers, T=args.iterations, J=args.steps, K=args.expert_epochs,
-                  max_start=args.max_start_epoch, batch=args.batch, lr_img=args.lr_img, lr_alpha=args.lr_alpha,
-                  lr_w=args.lr_w)
+    passes = args.iterations * args.steps * 12  # a step costs as much as 3 forward passes, its way back as 9
+    compile, record = accelerators(net, images.detach()[:args.batch], passes, args.compile)
+    losses = iadd(student_step(net, compile), images, labels, alpha, W, teachers, T=args.iterations, J=args.steps,
+                  K=args.expert_epochs, max_start=args.max_start_epoch, batch=args.batch, lr_img=args.lr_img,
+                  lr_alpha=args.lr_alpha, lr_w=args.lr_w, record=record)
     start = time.time()
     with open(out / "log.csv", "w", newline="") as file, progress_bar(losses, total=args.iterations, unit="it") as bar:
         log = csv.DictWriter(file, ["iteration", "seconds", "loss", "alpha", *spread(W)])
         log.writeheader()
         for t, loss in enumerate(bar, 1):
-            if not (math.isfinite(loss) and alpha > 0 and images.isfinite().all()):
-                raise UserError(f"diverged at iteration {t} (loss {loss:.4g}, alpha {alpha.item():.4g}): lower "
-                                f"{'--lr-alpha' if alpha <= 0 else '--alpha'}, --lr-img or --lr-w and begin anew with "
-                                f"--restart; {result} is the last good checkpoint")
-            if t % 10 == 0 or t == args.iterations:
-                row = {"loss": loss, "alpha": alpha.item(), **spread(W.detach())}
+            saves = t % args.checkpoint_every == 0 or t == args.iterations
+            if t % 10 == 0 or saves:  # not each time: to read a number is to wait for the GPU
+                if not (loss.isfinite() and alpha > 0 and images.isfinite().all()):
+                    raise UserError(f"diverged by iteration {t} (loss {loss:.4g}, alpha {alpha.item():.4g}): lower "
+                                    f"{'--lr-alpha' if alpha <= 0 else '--alpha'}, --lr-img or --lr-w and begin anew "
+                                    f"with --restart; {result} is the last good checkpoint")
+                row = {"loss": loss.item(), "alpha": alpha.item(), **spread(W.detach())}
                 bar.set_postfix_str(" ".join(f"{key} {value:.4g}" for key, value in row.items()), refresh=False)
                 log.writerow({"iteration": t, "seconds": f"{time.time() - start:.2f}", **row})
                 file.flush()
-            if t % args.checkpoint_every == 0 or t == args.iterations:
+            if saves:
                 checkpoint(t)
-    print(f"{args.iterations} iterations in {time.time() - start:.0f} s, {peak_memory(args.device)}; "
-          f"loss {loss:.4f}, alpha {args.alpha:g} -> {alpha.item():.5f}; {result}")
-
+    print(f"{args.iterations} iterations in {time.time() - start:.0f} s, peak memory {peak_memory(args.device):.2f} GB;"
+          f" loss {loss:.4f}, alpha {args.alpha:g} -> {alpha.item():.5f}; {result}")
 
 def command_eval(args: argparse.Namespace) -> None:
     """Train fresh networks on the distilled images and test them on real ones."""
-    content = load_result(args.distilled) if args.distilled else None
+    content = load(args.distilled, *RESULT) if args.distilled else None
     for key in ("dataset", "ipc", "width", "depth", "zca"):  # a file from elsewhere brings its own settings
         if content and (getattr(args, key) is None or key == "ipc"):
             setattr(args, key, content["settings"].get(key))
@@ -832,14 +832,15 @@ def command_eval(args: argparse.Namespace) -> None:
     data, shared, folder = prepare(args, args.ipc)
     path = args.distilled or run_folder(args, folder) / "distilled.pt"
     if path.exists():
-        content = content or load_result(path)
+        content = content or load(path, *RESULT)
         if content["classes"] != data.classes or tuple(content["images"].shape[1:]) != data.shape:
             raise UserError(f"{path} was distilled from other classes or image sizes than {data.name} has")
         if not args.distilled and (wrong := differences(content["settings"], shared)):
             raise UserError(f"{path} does not belong to this dataset: it has {wrong}")
         normalise = Normalisation(content["mean"].to(args.device), content["scale"].to(args.device))
     elif "distilled" in args.on:
-        raise UserError(f"{path} does not exist; run: {command_for(args, 'distill')}")
+        raise UserError(f"{path} does not exist; run first, with the same further options: python iadd.py distill "
+                        f"--dataset {args.dataset} --ipc {args.ipc}")
     else:
         normalise = Normalisation.fit(data.train[0], args.zca, args.device)
     sources = {"distilled": lambda: (content["images"].to(args.device), content["labels"].to(args.device)),
@@ -855,16 +856,20 @@ def command_eval(args: argparse.Namespace) -> None:
     for on, arch in itertools.product(args.on, args.arch):
         epochs = args.eval_epochs or (args.epochs if on == "full" else 1000)
         lr = args.lr or (content["alpha"] if on == "distilled" else args.lr_teacher)
-        start, scores = time.time(), []
-        with progress_bar(total=epochs * args.nets, desc=f"{arch} on {on}", unit="epoch", leave=False) as bar:
+        net, x = build(arch, data, args.width, args.depth).to(args.device), sources[on]()[0]
+        batch = min(args.batch_real, len(x))
+        steps = args.nets * epochs * math.ceil(len(x) / batch)
+        compile, record = accelerators(net, x[:batch], 3 * steps, args.compile)
+        ell, start, scores = record(compile(flat_loss(net))), time.time(), []
+        with progress_bar(total=steps, desc=f"{arch} on {on}", unit="step", leave=False) as bar:
             for k in range(args.nets):
                 seed_all(args.seed, "eval", on, arch, k)
-                net = build(arch, data, args.width, args.depth).to(args.device)
-                train_network(net, *sources[on](), epochs, lr, args.batch_real, bar.update)
-                scores.append(accuracy(net, x_test, y_test))
+                theta = flat_parameters(build(arch, data, args.width, args.depth))
+                theta = train_network(ell, theta, *sources[on](), epochs, lr, batch, bar.update)
+                scores.append(accuracy(net, theta, x_test, y_test))
         mean, std = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
-        seconds = time.time() - start
-        print(f"{on:<12}{arch:<10}{f'{mean:.1f} ± {std:.1f} %':>14}{args.nets:>10}{epochs:>8}{lr:>10.5f}{seconds:>9.0f}")
+        seconds, score = time.time() - start, f"{mean:.1f} ± {std:.1f} %"
+        print(f"{on:<12}{arch:<10}{score:>14}{args.nets:>10}{epochs:>8}{lr:>10.5f}{seconds:>9.0f}")
         row = {"on": on, "arch": arch, "mean": mean, "std": std, "accuracies": scores, "epochs": epochs, "lr": lr,
                "dataset": data.name, "ipc": args.ipc, "seed": args.seed, "seconds": round(seconds, 1)}
         if on == "distilled":
@@ -873,6 +878,85 @@ def command_eval(args: argparse.Namespace) -> None:
             file.write(json.dumps(row) + "\n")
     print(f"appended to {path.parent / 'results.jsonl'}")
 
+# ------------------------------------------------------------------------------------------------
+# Bench: the runtime analysis of Section 4.2, and the rest of the method, on random data
+
+def unrolled_step(net: nn.Module):
+    """The step of Eq. (2) the obvious way, which is MTT's: the graph of all J steps is kept."""
+    ell = flat_loss(net)
+
+    def step(theta, alpha, x, y):
+        theta = theta if theta.requires_grad else theta.clone().requires_grad_()
+        gradient, = torch.autograd.grad(ell(theta, x, y), theta, create_graph=True)
+        return theta - alpha * gradient
+
+    return step
+
+def median_seconds(runs, device: torch.device) -> float:
+    """Median time of the items of an iterator but the first, which may compile; if it is the only one, its time."""
+    times = [time.perf_counter()]
+    for _ in runs:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter())
+    seconds = [after - before for before, after in itertools.pairwise(times)]
+    return statistics.median(seconds[1:] or seconds)
+
+def measure(ours: bool, task: str, n: int, batch: int, steps: int, repeats: int, width: int, device: torch.device,
+            compiling: bool) -> tuple[float, float, float]:
+    """Seconds a step (median), its floating-point operations, and peak memory in GB, of one task done in one way.
+
+    task: "distil", an iteration of Algorithm 1 with `steps` student steps on n images, or "train", as many steps."""
+    if ours:
+        keep_freed_memory()
+    torch.backends.cudnn.benchmark = True
+    seed_all("bench")
+    net = convnet((3, 32, 32), 10, width).to(device)
+    theta, y = flat_parameters(net), torch.arange(n, device=device) % 10
+    x = torch.randn(n, 3, 32, 32, device=device)
+    compile, record = accelerators(net, x[:batch], math.inf, compiling and ours)
+    flops = forward_flops(net, x[:batch]) * (12 if task == "distil" else 3)
+    if task == "distil":
+        teacher = torch.stack([theta, theta + 0.01 * torch.randn_like(theta)]).cpu()
+        alpha, W = torch.tensor(0.01, device=device, requires_grad=True), torch.ones_like(theta, requires_grad=True)
+        runs = iadd(student_step(net, compile) if ours else unrolled_step(net), x.requires_grad_(), y, alpha, W,
+                    [teacher], T=repeats + 1, J=steps, K=1, max_start=1, batch=batch, lr_img=1, lr_alpha=1e-7,
+                    lr_w=1e-4, record=record)
+    else:
+        ell, optimizer = record(compile(flat_loss(net))), torch.optim.SGD([theta.requires_grad_()], 0.01, momentum=0.9)
+        runs = (train(ell, theta, optimizer, x, y, steps * batch // n, batch) for _ in range(repeats + 1))
+    return median_seconds(runs, device) / steps, flops, peak_memory(device)
+
+def measure_alone(*arguments) -> tuple[float, float, float]:
+    """`measure` in a process of its own, as peak memory and malloc are a process's; NaN if memory did not suffice."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, *arguments).result()
+        except (BrokenProcessPool, torch.OutOfMemoryError):
+            return math.nan, math.nan, math.nan
+
+def command_bench(args: argparse.Namespace) -> None:
+    """Time each part of the method against the obvious way to write it (Section 4.2), on random data."""
+    gpu, width = args.device.type == "cuda", args.width or (32 if args.quick else 128)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as cuDNN's convolutions do
+    a = torch.randn(2 * [8192 if gpu else 2048], device=args.device)
+    rate = 2 * len(a) ** 3 / median_seconds((a @ a for _ in range(10)), args.device)
+    print(f"{torch.cuda.get_device_name(args.device) if gpu else f'{torch.get_num_threads()} CPU threads'}, torch "
+          f"{torch.__version__}, ConvNetD3 of width {width}; torch.mm of side {len(a)}: {rate / 1e12:.2f} TFLOP/s\n\n"
+          f"{'milliseconds a step':<22}{'obvious way':>12}{'here':>10}{'faster':>8}{'of mm':>7}  peak memory -> here")
+    J, settings = 5 if args.quick else 50 if gpu else 8, (width, args.device, args.compile is not False)
+    for name, case, count, what in [
+            ("distil, batch 10", ("distil", 10, 10, J), 500, "10 iterations of 50 steps"),
+            ("distil, batch 100", ("distil", 100, 100, J), 500, "10 iterations of 50 steps"),
+            ("teachers, batch 256", ("train", 256 * J, 256, J), 196, "an epoch of CIFAR-10"),
+            ("evaluation, batch 10", ("train", 10, 10, 20 * J), 5000, "five networks, 1000 epochs")]:
+        (slow, _, before), (fast, flops, after) = (
+            measure_alone(ours, *case, 2 if args.quick else 5, *settings) for ours in (False, True))
+        print(f"{name:<22}{1000 * slow:>12.2f}{1000 * fast:>10.2f}{slow / fast:>7.2f}x{flops / fast / rate:>7.0%}"
+              f"{before:>7.2f} -> {after:>4.2f} GB  {what}: {count * fast:.2f} s", flush=True)
+    for batch in (10,) if args.quick else (10, 100):
+        few, many = (measure_alone(True, "distil", batch, batch, J, 0, *settings)[2] for J in (5, 50))
+        print(f"peak memory at batch {batch}: J = 5 {few:.2f} GB, J = 50 {many:.2f} GB ({many / few - 1:+.0%})")
 
 # ------------------------------------------------------------------------------------------------
 # Command line
@@ -887,23 +971,19 @@ def at_least(low: float, kind: type = int, strict: bool = False):
     parse.__name__ = "number"  # argparse: "invalid number value: 'x'"
     return parse
 
-
-def a_device(text: str) -> torch.device:
-    try:
-        torch.zeros(1, device=text).item()
-        return torch.device(text)
-    except Exception as error:  # whatever a missing backend raises
-        raise argparse.ArgumentTypeError(f"{text} cannot be used here ({str(error).splitlines()[0]})") from None
-
-
 def make_parser() -> argparse.ArgumentParser:
     whole, above_zero, zero_up = at_least(1), at_least(0, float, strict=True), at_least(0, float)
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{teachers,distill,eval}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{teachers,distill,eval,bench}")
 
-    shared = argparse.ArgumentParser(add_help=False)
-    add = shared.add_argument_group("data and files").add_argument
+    machine, data = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
+    add = machine.add_argument_group("machine and network").add_argument
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=None,
+        help="fuse operations by torch.compile; --no-compile: all plain PyTorch (default: compile what takes minutes)")
+    add("--width", type=whole, help="channels of each convolution of the ConvNet (default: preset, 128 in the paper)")
+    add = data.add_argument_group("data and files").add_argument
     add("--dataset", help="cifar10, cifar100, shapes, or a folder with train/<class>/* and test/<class>/* images "
         "(default: cifar10)")
     add("--preset", choices=[name for name, in parse_table(TRAINING, 1)],
@@ -912,17 +992,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--runs", type=Path, default=Path("runs"), help="where results are written (default: runs)")
     add("--size", type=whole, help="side in pixels that a folder's images are resized to (default: as they are)")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
-    add("--device", type=a_device, help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
-    add = shared.add_argument_group("the ConvNet").add_argument
-    add("--width", type=whole, help="channels of each convolution (default: preset, 128 in the paper)")
     add("--depth", type=whole, help="convolution blocks (default: by image size: 3 for 32 pixels, 4 for 64, 5 for 112)")
     add("--zca", action=argparse.BooleanOptionalAction, default=None,
         help="whiten by ZCA, or normalise each channel (default: preset)")
 
-    def command(name, function):
+    def command(name, function, parents=(data, machine)):
         text = function.__doc__
-        sub = commands.add_parser(name, parents=[shared], help=text, description=text, formatter_class=form,
-                                  epilog=f"presets (default < preset < what is typed):\n{TRAINING}{MATCHING}")
+        presets = f"presets (default < preset < what is typed):\n{TRAINING}{MATCHING}" if data in parents else ""
+        sub = commands.add_parser(name, parents=parents, help=text, description=text, formatter_class=form,
+                                  epilog=presets)
         sub.set_defaults(function=function)
         return sub.add_argument_group(name).add_argument
 
@@ -960,16 +1038,22 @@ def make_parser() -> argparse.ArgumentParser:
     add("--nets", type=whole, default=5, help="networks of each kind, differently initialised (default: 5)")
     add("--eval-epochs", type=whole, help="epochs of training (default: 1000; on the full set the preset's 50)")
     add("--lr", type=above_zero, help="learning rate (default: the learned alpha; on real images the teachers')")
-    return parser
 
+    add = command("bench", command_bench, [machine])
+    add("--quick", action="store_true", help="width 32 and few repetitions: about a minute")
+    return parser
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 2 for what the user can mend, 130 if interrupted."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    defaults = vars(parser.parse_args([args.command]))
-    args.typed = [name for name, value in vars(args).items() if value != defaults[name]]
-    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=args.device).item()
+    except Exception as error:  # whatever a missing backend raises
+        parser.error(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})")
+    keep_freed_memory()
+    torch.backends.cudnn.benchmark = True  # shapes are fixed: let cuDNN time its convolutions and choose
     try:
         args.function(args)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
@@ -981,7 +1065,6 @@ def main(argv: list[str] | None = None) -> int:
         print("iadd.py: interrupted; what has been written stays", file=sys.stderr)
         return 130
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
