@@ -3,23 +3,21 @@
 Guang Li, Ren Togo, Takahiro Ogawa, Miki Haseyama: "Importance-Aware Adaptive Dataset Distillation",
 Neural Networks 172, 2024, arXiv:2401.15863. Sections, equations and algorithm lines below are that paper's.
 
-The method. Train many teachers on the real data and keep their parameters after every epoch. Then take
-a few images per class (IPC), real ones to begin with, and repeat T times: start a student at a random
-early epoch i of a random teacher, let it take J steps of gradient descent on the augmented distilled
-images, and compare where it arrives with where the teacher stood K epochs later. The squared distance,
-each parameter weighted by its own importance W, is back-propagated through all J steps into the images,
-into the student's learning rate alpha and into W. In the end a fresh network trained on the distilled
-images alone does far better than one trained on as many real images.
+The method. Train many teachers on the real data and keep their parameters after every epoch. Then take a few images
+per class (IPC), real ones to begin with, and repeat T times: start a student at a random early epoch i of a random
+teacher, let it take J steps of gradient descent on the augmented distilled images, and compare where it arrives with
+where the teacher stood K epochs later. The squared distance, each parameter weighted by its own importance W, is
+back-propagated through all J steps into the images, into the student's learning rate alpha and into W. In the end a
+fresh network trained on the distilled images alone does far better than one trained on as many real images.
 
     python iadd.py teachers --dataset cifar10     # 200 trajectories of a ConvNet (Section 3.1)
     python iadd.py distill --ipc 1                # Algorithm 1: the distilled images
     python iadd.py eval --arch vgg11              # train fresh networks on them, test on real images
 
-Without a GPU and without a download, `--dataset shapes` runs all three in about three minutes.
-
-The paper is silent on J, K, I+, alpha_0, the learning rates and the momentum, so these are MTT's (Cazenavette
-et al., "Dataset Distillation by Matching Training Trajectories", CVPR 2022); the README lists every such
-choice. One departure: ZCA is used where MTT used it, not on every benchmark. With W = 1, IADD is MTT.
+Without a GPU and without a download, `--dataset shapes` runs all three in about three minutes. The paper
+is silent on J, K, I+, alpha_0, the learning rates and the momentum, so these are MTT's (Cazenavette et al., "Dataset
+Distillation by Matching Training Trajectories", CVPR 2022); the README lists every such choice. One departure: ZCA is
+used where MTT used it, not on every benchmark. With W = 1, IADD is MTT.
 
 Glossary
     theta        all parameters of a network as one vector, (P,)        theta, Eq. (3)-(5)
@@ -29,14 +27,11 @@ Glossary
     alpha        the student's learning rate, a trainable scalar        alpha, Eq. (2), (10)
     W            the importance of each parameter, (P,)                 W, Eq. (6), (11)
     T            distillation iterations                                --iterations
-    J, K         student steps; teacher epochs from start to target     --steps, --expert-epochs (MTT: a
-                                                                        teacher is an "expert")
+    J, K         student steps; teacher epochs from start to target     --steps, --expert-epochs (MTT's "experts")
     max_start    a student starts at a teacher epoch i < max_start      I+, --max-start-epoch
-    DSA          differentiable Siamese augmentation                    script A, [47]
-    IPC          distilled images per class
+    DSA, IPC     differentiable Siamese augmentation; images per class  script A, [47]; --ipc
 """
 import argparse
-import ast
 import csv
 import ctypes
 import functools
@@ -49,8 +44,7 @@ import statistics
 import sys
 import time
 import zlib
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +60,8 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 # Settings: default < preset < what the user typed
 
-# Sections 4.1 (width), 4.2 and 4.5 (teachers, epochs, T = iterations; for COVID-CXR T is assumed). Paper silent
-# on the teachers' learning rate and batch: MTT's. `shapes` is ours, sized for a laptop. For Tiny ImageNet and
-# COVID-CXR there are presets only so far: --dataset FOLDER --preset covid.
+# Sections 4.1, 4.2 and 4.5 (COVID-CXR: T = iterations is assumed). Paper silent on the teachers' learning rate and
+# batch: MTT's. `shapes` is ours. For Tiny ImageNet and COVID-CXR presets only: --dataset FOLDER --preset covid.
 TRAINING = """
 dataset       teachers  epochs  lr_teacher  batch_real  iterations  width
 cifar10            200      50         .01         256        5000    128
@@ -97,11 +90,9 @@ class UserError(Exception):
 
 def parse_table(text: str, keys: int) -> dict[tuple, dict]:
     """One of the tables above as {(first `keys` columns): {column: value}}; a batch of "all" becomes None."""
-    words = {"all": None, "yes": True, "no": False}
-
     def value(word):
-        return words[word] if word in words else word if word.isidentifier() else ast.literal_eval(word)
-
+        words = {"all": None, "yes": True, "no": False}
+        return words.get(word, word) if word.isidentifier() else int(word) if word.isdigit() else float(word)
     header, *rows = [[value(word) for word in line.split()] for line in text.strip().splitlines()]
     return {tuple(row[:keys]): dict(zip(header[keys:], row[keys:])) for row in rows}
 
@@ -151,8 +142,7 @@ def load(path: Path, *keys: str) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # torch raises half a dozen types for a damaged file
-        reason = f"{type(error).__name__} {error}".splitlines()[0][:200]
-        raise UserError(f"{path} is damaged or not such a file of iadd.py: {reason}") from None
+        raise UserError(f"{path} is damaged or not such a file of iadd.py: {type(error).__name__} {error}") from None
 
 RESULT = "images", "labels", "alpha", "W", "mean", "scale", "classes", "settings", "iteration"  # of distilled.pt
 
@@ -191,17 +181,12 @@ class Dataset:
 
 def load_dataset(name: str, data_dir: Path, size: int | None = None) -> Dataset:
     """cifar10, cifar100, shapes, or a folder with train/<class>/* and test/<class>/*.
-
     size: side in pixels that a folder's images are resized to. Raises UserError."""
-    if size and name in ("cifar10", "cifar100", "shapes"):
-        raise UserError(f"--size resizes the images of a folder; {name} is not one")
-    if name == "shapes":
-        return make_shapes()
-    if name in ("cifar10", "cifar100"):
-        return load_cifar(name, data_dir)
+    if name in ("cifar10", "cifar100", "shapes") and not size:
+        return make_shapes() if name == "shapes" else load_cifar(name, data_dir)
     if Path(name).is_dir():
         return load_folder(Path(name), data_dir, size)
-    raise UserError(f"unknown dataset {name!r}: --dataset takes cifar10, cifar100, shapes or a folder")
+    raise UserError(f"unknown dataset {name!r}: --dataset takes cifar10, cifar100, shapes or, with --size, a folder")
 
 def load_cifar(name: str, data_dir: Path) -> Dataset:
     """CIFAR-10 or CIFAR-100 [53], downloaded to data_dir on first use (170 MB)."""
@@ -209,8 +194,7 @@ def load_cifar(name: str, data_dir: Path) -> Dataset:
     try:
         parts = [cifar(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot download {name} ({error}); put the archive \"python version\" from "
-                        f"https://www.cs.toronto.edu/~kriz/cifar.html into {data_dir} yourself") from None
+        raise UserError(f"cannot download {name} ({error}); put its archive into {data_dir} yourself") from None
     pairs = [(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts]
     return Dataset(name, list(parts[0].classes), *pairs)
 
@@ -220,8 +204,7 @@ def read_image(path: str, size: int | None) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
                 raise ValueError(f"its pixels are of mode {image.mode}; 8-bit images are needed")
-            image = ImageOps.exif_transpose(image)
-            image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+            image = ImageOps.exif_transpose(image).convert("L" if image.mode in ("1", "L", "LA") else "RGB")
             if size:
                 image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased
             pixels = np.asarray(image)
@@ -231,17 +214,14 @@ def read_image(path: str, size: int | None) -> np.ndarray:
 
 def load_folder(root: Path, data_dir: Path, size: int | None = None) -> Dataset:
     """A folder of images, train/<class>/* and test/<class>/*; greyscale if all of them are.
-
     Read once, then kept in data_dir/cache under a name made from every file's path, size and date."""
     try:
         parts = [torchvision.datasets.ImageFolder(root / split) for split in ("train", "test")]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{root} needs {root}/train/<class>/*.png and {root}/test/<class>/*.png: {error}") from None
     classes = parts[0].classes
-    if odd := sorted(set(classes) ^ set(parts[1].classes)):
-        raise UserError(f"{root}: train and test have different classes, {', '.join(odd[:5])} in one of them only")
-    if len(classes) < 2:
-        raise UserError(f"{root}/train holds a single class, {classes[0]}; at least two are needed")
+    if (odd := sorted(set(classes) ^ set(parts[1].classes))) or len(classes) < 2:
+        raise UserError(f"{root}: train and test need the same classes, two or more, not {', '.join(odd or classes)}")
     files = [path for part in parts for path, _ in part.samples]
     stamps = [(os.path.relpath(f, root), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
     name = root.resolve().name + (f"-{size}px" if size else "")
@@ -253,8 +233,7 @@ def load_folder(root: Path, data_dir: Path, size: int | None = None) -> Dataset:
         side, channels = arrays[0].shape[0], max(array.shape[2] for array in arrays)
         for file, array in zip(files, arrays):
             if array.shape[:2] != (side, side):
-                raise UserError(f"{file} has {array.shape[1]}x{array.shape[0]} pixels, not {side}x{side}: all "
-                                f"images must be squares of one size, --size makes them so")
+                raise UserError(f"{file} has {array.shape[1]}x{array.shape[0]} pixels, not {side}x{side}; see --size")
         images = np.stack([np.broadcast_to(array, (side, side, channels)) for array in arrays])
         save({"images": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()}, cache)
     images = load(cache, "images")["images"].split([len(part.samples) for part in parts])
@@ -262,25 +241,20 @@ def load_folder(root: Path, data_dir: Path, size: int | None = None) -> Dataset:
 
 def make_shapes(train: int = 200, test: int = 50, size: int = 32, seed: int = 0) -> Dataset:
     """Ten procedural classes of shapes and textures, `train` and `test` images of each, without any download.
-
     Position, scale, tilt, both colours and the lighting are random and there is much noise: no pixel and no
     colour tells the class, and one example teaches little."""
     patterns = {  # positive inside the figure; (u, v) are its own coordinates, its radius is 1
-        "disk": lambda u, v: 1 - np.hypot(u, v),
-        "ring": lambda u, v: 0.22 - abs(np.hypot(u, v) - 0.78),
+        "disk": lambda u, v: 1 - np.hypot(u, v), "ring": lambda u, v: 0.22 - abs(np.hypot(u, v) - 0.78),
         "square": lambda u, v: 0.85 - np.maximum(abs(u), abs(v)),
         "triangle": lambda u, v: 0.5 - np.maximum(-v, 0.866 * abs(u) + 0.5 * v),
         "cross": lambda u, v: np.minimum(0.28 - np.minimum(abs(u), abs(v)), 1 - np.maximum(abs(u), abs(v))),
         "flower": lambda u, v: 0.65 + 0.35 * np.cos(5 * np.arctan2(v, u)) - np.hypot(u, v),
-        "stripes": lambda u, v: np.sin(6 * u) / 6,
-        "checker": lambda u, v: np.sin(5 * u) * np.sin(5 * v) / 4,
+        "stripes": lambda u, v: np.sin(6 * u) / 6, "checker": lambda u, v: np.sin(5 * u) * np.sin(5 * v) / 4,
         "dots": lambda u, v: (np.cos(6 * u) + np.cos(6 * v) - 0.8) / 8,
         "waves": lambda u, v: np.sin(8 * np.hypot(u, v)) / 8}
     rng, n, grid = np.random.default_rng(seed), train + test, np.linspace(-1, 1, size)
-
     def draw(low, high, channels=1):
         return rng.uniform(low, high, (n, channels, 1, 1))
-
     def render(pattern):
         x, y = grid[None, :] - draw(-.3, .3), grid[:, None] - draw(-.3, .3)  # (n, 1, size, size) when combined
         tilt, scale = draw(-.3, .3), draw(.4, .8)
@@ -330,8 +304,7 @@ class Normalisation:
         return z / self.scale + self.mean
 
 # ------------------------------------------------------------------------------------------------
-# Differentiable Siamese augmentation (DSA), script A in Eq. (2)
-# Zhao, Bilen: "Dataset condensation with differentiable Siamese augmentation", ICML 2021 [47]
+# Differentiable Siamese augmentation (DSA), script A in Eq. (2); Zhao, Bilen, ICML 2021 [47]
 # Each function takes (N, C, H, W); every image draws its own parameters. "Siamese", the same draws for real
 # and distilled images, matters where their gradients are matched; here they are never augmented together.
 
@@ -385,7 +358,6 @@ DSA = [dsa_color, dsa_crop, dsa_cutout, dsa_flip, dsa_scale, dsa_rotate]
 
 def augment(x: Tensor) -> Tensor:
     """Augments J mini-batches at once, (J, B, C, H, W): each draws one of the six groups for all its images.
-
     Differentiable in x. Random numbers come from torch's global generators."""
     group = torch.randint(len(DSA), (len(x),))  # drawn on the CPU, so that nothing waits for a GPU
     order = on_device(group.argsort(), x.device)
@@ -394,8 +366,7 @@ def augment(x: Tensor) -> Tensor:
     return torch.cat(done)[order.argsort()]
 
 # ------------------------------------------------------------------------------------------------
-# Networks. "Instance normalisation" is GroupNorm with one channel a group: no running statistics,
-# so a network is a pure function of its parameters.
+# Networks. GroupNorm with one channel a group is instance normalisation: no statistics that run along
 
 def plain_network(shape: tuple[int, int, int], classes: int, layers: list, norm: bool = True) -> nn.Module:
     """Convolutions (width, kernel), each with instance normalisation and ReLU, and halvings "avg" or "max"."""
@@ -457,11 +428,9 @@ def functional(net: nn.Module):
     """`net` as predict(theta, x): (P,), (B, C, H, W) -> (B, classes). Of `net` itself only the structure is used."""
     names, shapes = zip(*((name, p.shape) for name, p in net.named_parameters()))
     sizes = [shape.numel() for shape in shapes]
-
     def predict(theta: Tensor, x: Tensor) -> Tensor:
         parameters = {n: part.view(s) for n, part, s in zip(names, theta.split(sizes), shapes)}
         return torch.func.functional_call(net, parameters, (x,), strict=True)
-
     return predict
 
 def flat_loss(net: nn.Module):
@@ -469,23 +438,23 @@ def flat_loss(net: nn.Module):
     predict = functional(net)
     return lambda theta, x, y: F.cross_entropy(predict(theta, x), y)
 
-def plain(function):
-    """No acceleration."""
-    return function
+plain = lambda function: function  # no acceleration
 
 def recorded(function):
     """A function of tensors on a GPU, whose kernels CUDA records at the first call and replays, all at once, at every
     later one: launching them one by one from Python takes longer than running them. Shapes must not change; a result
     is overwritten by the next call."""
     replay = None
-
     def call(*inputs):
         nonlocal replay
         if replay is None:
             examples = tuple(i.detach().clone().requires_grad_(i.requires_grad) for i in inputs)
-            replay = torch.cuda.make_graphed_callables(function, examples)
+            try:
+                replay = torch.cuda.make_graphed_callables(function, examples)
+            except RuntimeError as error:
+                print(f"CUDA graphs do not work here ({error}): going on without".splitlines()[0], file=sys.stderr)
+                replay = function
         return replay(*inputs)
-
     return call
 
 def forward_flops(net: nn.Module, x: Tensor) -> int:
@@ -496,13 +465,13 @@ def forward_flops(net: nn.Module, x: Tensor) -> int:
 
 def accelerators(net: nn.Module, x: Tensor, passes: float, wanted: bool | None = None) -> tuple:
     """Two transformations of functions, (compile, record), that change nothing but speed and rounding.
-
     wanted: --compile, --no-compile, or None to compile if as many forward `passes` of x would take minutes."""
     if wanted is False:
         return plain, plain
     record = recorded if x.is_cuda else plain
-    if wanted or passes * forward_flops(net, x) > (1e15 if x.is_cuda else 1e13):
+    if wanted or passes * forward_flops(net, x) > (1e15 if x.is_cuda else 5e12):
         try:
+            torch.compiler.reset()  # a process may compile one function eight times only, for eight networks
             torch.compile(lambda x: x + 1)(x)
             print("compiling first, for up to a minute (--no-compile does without)", file=sys.stderr)
             return functools.partial(torch.compile, dynamic=False), record
@@ -510,12 +479,14 @@ def accelerators(net: nn.Module, x: Tensor, passes: float, wanted: bool | None =
             print(f"torch.compile does not work here ({type(error).__name__}): going on without", file=sys.stderr)
     return plain, record
 
-def keep_freed_memory() -> None:
-    """Speed on a Linux CPU: lets malloc keep the large blocks that are freed, instead of returning them to the system,
-    which clears every page before it gives them out again. That is up to half of the time of a training step."""
+def tune() -> None:
+    """Settings of the process, for speed: cuDNN times its convolutions and chooses; and malloc (glibc's) keeps large
+    blocks that are freed, instead of returning them to the system, which clears every page before it gives it out
+    again. On a CPU that is up to half of the time of a training step."""
+    torch.backends.cudnn.benchmark = True
     try:
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0), mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD of glibc's malloc.h
+        mallopt(-4, 0), mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
     except (AttributeError, OSError, TypeError):
         pass  # another system, another malloc
 
@@ -527,13 +498,14 @@ def minibatches(n: int, batch: int, J: int, device) -> Tensor:
     batches; an incomplete last one is filled up with the first images of the pass."""
     a_pass = math.ceil(n / batch)
     index = torch.rand(math.ceil(J / a_pass), n, device=device).argsort(1)
-    return index[:, torch.arange(a_pass * batch) % n].view(-1, batch)[:J]
+    return index[:, torch.arange(a_pass * batch, device=device) % n].view(-1, batch)[:J]
 
 def train(ell, theta: Tensor, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, epochs: int, batch: int,
           progress=lambda steps: None) -> None:
     """Passes over x (N, C, H, W), y (N,) in random mini-batches with DSA. Updates theta (P,) in place."""
     batch = min(batch, len(x))
-    for index in minibatches(len(x), batch, epochs * math.ceil(len(x) / batch), x.device).split(max(1, 4096 // batch)):
+    index = minibatches(len(x), batch, epochs * math.ceil(len(x) / batch), x.device)
+    for index in index.split(max(1, 4096 // batch)) if epochs else ():
         for x_j, y_j in zip(augment(x[index]), y[index]):  # thousands of images are augmented at once
             optimizer.zero_grad()
             ell(theta, x_j, y_j).backward()
@@ -543,7 +515,6 @@ def train(ell, theta: Tensor, optimizer: torch.optim.Optimizer, x: Tensor, y: Te
 def train_teacher(ell, theta: Tensor, x: Tensor, y: Tensor, epochs: int, seed: tuple, lr: float = 0.01,
                   batch: int = 256, progress=lambda steps: None) -> Tensor:
     """A teacher's trajectory theta_0 ... theta_epochs on the CPU, (epochs + 1, P), float32 (Section 3.1).
-
     theta: the trajectory so far, (1 or more, P). SGD without momentum has no state but its last row, and each
     epoch has its own random stream, so it goes on exactly as if it had never stopped."""
     snapshots, theta = list(theta), theta[-1].to(x.device, copy=True).requires_grad_()
@@ -560,11 +531,9 @@ def train_network(ell, theta: Tensor, x: Tensor, y: Tensor, epochs: int, lr: flo
     momentum .9, weight decay 5e-4 and DSA; the learning rate drops tenfold half-way. Returns its parameters."""
     theta = theta.to(x.device, copy=True).requires_grad_()
     optimizer = torch.optim.SGD([theta], lr, momentum=0.9, weight_decay=5e-4)
-    first_half = max(1, epochs // 2)
-    train(ell, theta, optimizer, x, y, first_half, batch, progress)
-    if epochs > first_half:
-        optimizer.param_groups[0]["lr"] = lr / 10
-        train(ell, theta, optimizer, x, y, epochs - first_half, batch, progress)
+    train(ell, theta, optimizer, x, y, max(1, epochs // 2), batch, progress)
+    optimizer.param_groups[0]["lr"] = lr / 10
+    train(ell, theta, optimizer, x, y, epochs - max(1, epochs // 2), batch, progress)
     return theta.detach()
 
 @torch.no_grad()
@@ -587,13 +556,10 @@ def student_step(net: nn.Module, compile=plain):
 
     def step(theta, alpha, x, y):
         return theta - alpha * torch.func.grad(ell)(theta, x, y)
-
     def back(v, theta, alpha, x, y):
         _, vjp = torch.func.vjp(lambda *inputs: step(*inputs, y), theta, alpha, x)
         return vjp(v)
-
     fast_step, fast_back = compile(step), compile(back)
-
     class StudentStep(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
@@ -603,7 +569,6 @@ def student_step(net: nn.Module, compile=plain):
         @staticmethod
         def backward(ctx, v):
             return *fast_back(v, *ctx.saved_tensors), None  # nothing for y
-
     return StudentStep.apply
 
 def iadd_loss(theta: Tensor, theta_start: Tensor, theta_target: Tensor, W: Tensor) -> Tensor:
@@ -614,10 +579,8 @@ def random_segments(teachers: list[Tensor], K: int, max_start: int, T: int):
     """Yields theta_i and theta_{i+K} of a random teacher, i uniform in [0, max_start), T times (line 4). Each pair is
     read from its file while the one before is in use."""
     picks = zip(torch.randint(len(teachers), (T,)).tolist(), torch.randint(max_start, (T,)).tolist())
-
     def read(n, i):
         return teachers[n][i].clone(), teachers[n][i + K].clone()
-
     with ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(read, *next(picks))
         for pick in picks:
@@ -628,7 +591,6 @@ def random_segments(teachers: list[Tensor], K: int, max_start: int, T: int):
 def iadd(step, images: Tensor, labels: Tensor, alpha: Tensor, W: Tensor, teachers: list[Tensor], *, T: int, J: int,
          K: int, max_start: int, batch: int, lr_img: float, lr_alpha: float, lr_w: float, record=plain):
     """Algorithm 1. Updates images (N, C, H, W), alpha () and W (P,) in place; yields the loss, a tensor (), T times.
-
     With W.requires_grad == False the weights stay as they are: W = 1 is MTT."""
     @record
     def student(theta, alpha, x, y):                              # (P,), (), (J, batch, C, H, W), (J, batch) -> (P,)
@@ -660,16 +622,14 @@ def real_images(data: Dataset, normalise: Normalisation, ipc: int) -> tuple[Tens
     if ipc > fewest:
         raise UserError(f"IPC {ipc} is too large: class {name} has {fewest} images")
     index = torch.cat([member[torch.randperm(len(member))[:ipc]] for member in members])
-    images = normalise(data.train[0][index])
-    return images, data.train[1][index].to(images.device)
+    return normalise(data.train[0][index]), data.train[1][index].to(normalise.mean.device)
 
 # ------------------------------------------------------------------------------------------------
 # The three commands
 
-def prepare(args: argparse.Namespace, preset_ipc: int) -> tuple[Dataset, dict, Path]:
+def prepare(args: argparse.Namespace, preset_ipc: int) -> tuple[Dataset, dict, Path, Path]:
     """Fills in what the user did not type, from every column of the preset, and loads the data.
-
-    Returns the dataset, the settings that teachers and students must share, and the folder of their runs."""
+    Returns it, the settings that teachers and students must share, and the folders of teachers and of the result."""
     args.dataset = "cifar10" if args.dataset is None else args.dataset
     name = args.preset or (args.dataset if (args.dataset,) in parse_table(TRAINING, 1) else "cifar10")
     for key, value in preset(name, preset_ipc).items():
@@ -682,45 +642,42 @@ def prepare(args: argparse.Namespace, preset_ipc: int) -> tuple[Dataset, dict, P
           f"{data.shape[2]}x{data.shape[0]}, {len(data.classes)} classes; settings of {name} where none are given")
     shared = {"dataset": data.name, "fingerprint": checksum(dict(enumerate(data.train))), "shape": list(data.shape),
               "zca": args.zca, "width": args.width, "depth": args.depth}
-    return data, shared, args.runs / f"{data.name}_{'zca' if args.zca else 'std'}_convnet-d{args.depth}-w{args.width}"
-
-def run_folder(args: argparse.Namespace, folder: Path) -> Path:
-    """Where a distillation and its evaluations are kept."""
-    return folder / (args.name or f"ipc{args.ipc}_{args.method}_seed{args.seed}")
+    folder = args.runs / f"{data.name}_{'zca' if args.zca else 'std'}_convnet-d{args.depth}-w{args.width}"
+    own = "teachers" if args.command == "teachers" else args.name or f"ipc{args.ipc}_{args.method}_seed{args.seed}"
+    return data, shared, folder / "teachers", folder / own
 
 def command_teachers(args: argparse.Namespace) -> None:
     """Train teachers on the real data and keep their parameters after every epoch (Section 3.1)."""
     shorten = args.epochs is None and args.ipc is not None
-    data, shared, folder = prepare(args, args.ipc or 1)
+    data, shared, folder, _ = prepare(args, args.ipc or 1)
     if shorten:  # the only epochs that distill with the preset of this IPC reads
         args.epochs = args.max_start_epoch - 1 + args.expert_epochs
     settings = {**shared, "lr_teacher": args.lr_teacher, "batch_real": args.batch_real, "seed": args.seed}
     print("settings:", {"teachers": args.teachers, "epochs": args.epochs, **settings, "device": str(args.device)})
-    paths = [folder / "teachers" / f"{k:03d}.pt" for k in range(args.teachers)]
+    paths = [folder / f"{k:03d}.pt" for k in range(args.teachers)]
     trained = {}  # the trajectories so far
     for path in filter(Path.exists, paths):
         old = load(path, "thetas", "settings")
         if wrong := differences(old["settings"], settings):
             raise UserError(f"{path} was trained with {wrong}: choose another folder by --runs, or delete it")
         trained[path] = old["thetas"]
-    todo = {path: args.epochs + 1 - len(trained.get(path, [0])) for path in paths}  # epochs
-    todo = {path: epochs for path, epochs in todo.items() if epochs > 0}
-    print(f"{len(paths) - len(todo)} of {len(paths)} teachers are complete in {folder / 'teachers'}")
+    left = {path: args.epochs + 1 - len(trained.get(path, [0])) for path in paths}  # epochs
+    todo = [path for path in paths if left[path] > 0]
+    print(f"{len(paths) - len(todo)} of {len(paths)} teachers are complete in {folder}")
     if not todo:
         return
     normalise = Normalisation.fit(data.train[0], args.zca, args.device)
     (x, y), (x_test, y_test) = ((normalise(i), l.to(args.device)) for i, l in (data.train, data.test))
     net = build("convnet", data, args.width, args.depth).to(args.device)
-    steps = sum(todo.values()) * math.ceil(len(x) / args.batch_real)
+    steps = sum(left[path] for path in todo) * math.ceil(len(x) / args.batch_real)
     compile, record = accelerators(net, x[:args.batch_real], 3 * steps, args.compile)
     ell, start = record(compile(flat_loss(net))), time.time()
     with progress_bar(total=steps, unit="step") as bar:
         for path in todo:
             seed = (args.seed, "teacher", int(path.stem))
             seed_all(*seed)
-            theta_0 = flat_parameters(build("convnet", data, args.width, args.depth))
-            thetas = train_teacher(ell, trained.get(path, theta_0[None]), x, y, args.epochs, seed, args.lr_teacher,
-                                   args.batch_real, bar.update)
+            thetas = trained.get(path, flat_parameters(build("convnet", data, args.width, args.depth))[None])
+            thetas = train_teacher(ell, thetas, x, y, args.epochs, seed, args.lr_teacher, args.batch_real, bar.update)
             if not thetas.isfinite().all():
                 raise UserError(f"teacher {path.stem} diverged: lower --lr-teacher (now {args.lr_teacher:g})")
             score = accuracy(net, thetas[-1].to(args.device), x_test, y_test)
@@ -733,19 +690,17 @@ def command_teachers(args: argparse.Namespace) -> None:
 def open_teachers(args: argparse.Namespace, shared: dict, folder: Path) -> list[Tensor]:
     """The trajectories in `folder`, memory-mapped, (epochs + 1, P) each. Raises UserError if they do not fit."""
     needed = args.max_start_epoch - 1 + args.expert_epochs
-    remedy = f"python iadd.py teachers --dataset {args.dataset} --ipc {args.ipc} --epochs {needed}"
+    remedy = f"run first: python iadd.py teachers --epochs {needed}, with the same options on data and network"
     teachers = []
     for path in sorted(folder.glob("*.pt")):
         content = load(path, "thetas", "settings")
         if wrong := differences(content["settings"], shared):
             raise UserError(f"{path} does not fit this run: it has {wrong}")
         if (epochs := len(content["thetas"]) - 1) < needed:
-            raise UserError(f"{path} holds {epochs} epochs, but --max-start-epoch {args.max_start_epoch} with "
-                            f"--expert-epochs {args.expert_epochs} reads {needed}; run first, with the same further "
-                            f"options: {remedy}")
+            raise UserError(f"{path} holds {epochs} epochs, not {needed}; {remedy}")
         teachers.append(content["thetas"])
     if not teachers:
-        raise UserError(f"no teachers in {folder}; run first, with the same further options: {remedy}")
+        raise UserError(f"no teachers in {folder}; {remedy}")
     return teachers
 
 def spread(W: Tensor) -> dict[str, float]:
@@ -760,15 +715,14 @@ def save_grid(images: Tensor, normalise: Normalisation, columns: int, path: Path
 
 def command_distill(args: argparse.Namespace) -> None:
     """Distil a dataset into a few images per class (Algorithm 1)."""
-    data, shared, folder = prepare(args, args.ipc)
-    n = args.ipc * len(data.classes)
-    args.batch = min(args.batch or n, n)
+    args.ipc = args.ipc or 1
+    data, shared, folder, out = prepare(args, args.ipc)
+    args.batch = min(args.batch or math.inf, args.ipc * len(data.classes))
     names = ("ipc", "method", "iterations", "steps", "expert_epochs", "max_start_epoch", "batch", "lr_img", "lr_alpha",
              "alpha", "lr_w", "seed")
     settings = {**shared, **{name: getattr(args, name) for name in names}}
     print("settings:", {**settings, "device": str(args.device)})
-    teachers = open_teachers(args, shared, folder / "teachers")
-    out = run_folder(args, folder)
+    teachers = open_teachers(args, shared, folder)
     result = out / "distilled.pt"
     if result.exists():
         old = load(result, *RESULT)
@@ -779,7 +733,6 @@ def command_distill(args: argparse.Namespace) -> None:
                             f"at iteration {old['iteration']}: --restart begins anew, --name NAME keeps both")
         if old["iteration"] > 0:  # a run that never got anywhere must not push out the one before it
             result.replace(out / "distilled.old.pt")
-
     seed_all(args.seed, "distill")
     normalise = Normalisation.fit(data.train[0], args.zca, args.device)
     images, labels = real_images(data, normalise, args.ipc)                    # Algorithm 1, line 1
@@ -788,13 +741,11 @@ def command_distill(args: argparse.Namespace) -> None:
     net = build("convnet", data, args.width, args.depth).to(args.device)
     W = torch.ones(teachers[0].shape[1], dtype=torch.float64,  # float32 would round away steps below 3e-8
                    device=args.device, requires_grad=args.method == "iadd")
-
     def checkpoint(iteration):
         tensors = {"images": images, "labels": labels, "W": W, "mean": normalise.mean, "scale": normalise.scale}
         save({**{key: value.detach().cpu() for key, value in tensors.items()}, "alpha": alpha.item(),
               "classes": data.classes, "settings": settings, "iteration": iteration}, result)
         save_grid(images.detach(), normalise, args.ipc, out / f"images_{iteration:05d}.png")
-
     checkpoint(0)
     print(f"{len(teachers)} teachers; the rows of {out}/images_*.png are {', '.join(data.classes)}")
     passes = args.iterations * args.steps * 12  # a step costs as much as 3 forward passes, its way back as 9
@@ -810,9 +761,8 @@ def command_distill(args: argparse.Namespace) -> None:
             saves = t % args.checkpoint_every == 0 or t == args.iterations
             if t % 10 == 0 or saves:  # not each time: to read a number is to wait for the GPU
                 if not (loss.isfinite() and alpha > 0 and images.isfinite().all()):
-                    raise UserError(f"diverged by iteration {t} (loss {loss:.4g}, alpha {alpha.item():.4g}): lower "
-                                    f"{'--lr-alpha' if alpha <= 0 else '--alpha'}, --lr-img or --lr-w and begin anew "
-                                    f"with --restart; {result} is the last good checkpoint")
+                    raise UserError(f"diverged by iteration {t}: loss {loss:.4g}, alpha {alpha:.4g}; {result} is kept; "
+                                    f"lower {'--lr-alpha' if alpha <= 0 else '--alpha'}, --lr-img or --lr-w; --restart")
                 row = {"loss": loss.item(), "alpha": alpha.item(), **spread(W.detach())}
                 bar.set_postfix_str(" ".join(f"{key} {value:.4g}" for key, value in row.items()), refresh=False)
                 log.writerow({"iteration": t, "seconds": f"{time.time() - start:.2f}", **row})
@@ -829,8 +779,8 @@ def command_eval(args: argparse.Namespace) -> None:
         if content and (getattr(args, key) is None or key == "ipc"):
             setattr(args, key, content["settings"].get(key))
     args.ipc = args.ipc or 1
-    data, shared, folder = prepare(args, args.ipc)
-    path = args.distilled or run_folder(args, folder) / "distilled.pt"
+    data, shared, folder, out = prepare(args, args.ipc)
+    path = args.distilled or out / "distilled.pt"
     if path.exists():
         content = content or load(path, *RESULT)
         if content["classes"] != data.classes or tuple(content["images"].shape[1:]) != data.shape:
@@ -839,8 +789,7 @@ def command_eval(args: argparse.Namespace) -> None:
             raise UserError(f"{path} does not belong to this dataset: it has {wrong}")
         normalise = Normalisation(content["mean"].to(args.device), content["scale"].to(args.device))
     elif "distilled" in args.on:
-        raise UserError(f"{path} does not exist; run first, with the same further options: python iadd.py distill "
-                        f"--dataset {args.dataset} --ipc {args.ipc}")
+        raise UserError(f"{path} does not exist; run first: python iadd.py distill, with the same options")
     else:
         normalise = Normalisation.fit(data.train[0], args.zca, args.device)
     sources = {"distilled": lambda: (content["images"].to(args.device), content["labels"].to(args.device)),
@@ -868,15 +817,13 @@ def command_eval(args: argparse.Namespace) -> None:
                 theta = train_network(ell, theta, *sources[on](), epochs, lr, batch, bar.update)
                 scores.append(accuracy(net, theta, x_test, y_test))
         mean, std = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
-        seconds, score = time.time() - start, f"{mean:.1f} ± {std:.1f} %"
+        seconds, score = round(time.time() - start, 1), f"{mean:.1f} ± {std:.1f} %"
         print(f"{on:<12}{arch:<10}{score:>14}{args.nets:>10}{epochs:>8}{lr:>10.5f}{seconds:>9.0f}")
         row = {"on": on, "arch": arch, "mean": mean, "std": std, "accuracies": scores, "epochs": epochs, "lr": lr,
-               "dataset": data.name, "ipc": args.ipc, "seed": args.seed, "seconds": round(seconds, 1)}
-        if on == "distilled":
-            row |= {"file": path.name, "iteration": content["iteration"], "settings": content["settings"]}
+               "dataset": data.name, "ipc": args.ipc, "seed": args.seed, "seconds": seconds,
+               **({"iteration": content["iteration"], "settings": content["settings"]} if on == "distilled" else {})}
         with open(path.parent / "results.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-    print(f"appended to {path.parent / 'results.jsonl'}")
 
 # ------------------------------------------------------------------------------------------------
 # Bench: the runtime analysis of Section 4.2, and the rest of the method, on random data
@@ -884,12 +831,10 @@ def command_eval(args: argparse.Namespace) -> None:
 def unrolled_step(net: nn.Module):
     """The step of Eq. (2) the obvious way, which is MTT's: the graph of all J steps is kept."""
     ell = flat_loss(net)
-
     def step(theta, alpha, x, y):
         theta = theta if theta.requires_grad else theta.clone().requires_grad_()
         gradient, = torch.autograd.grad(ell(theta, x, y), theta, create_graph=True)
         return theta - alpha * gradient
-
     return step
 
 def median_seconds(runs, device: torch.device) -> float:
@@ -902,14 +847,12 @@ def median_seconds(runs, device: torch.device) -> float:
     seconds = [after - before for before, after in itertools.pairwise(times)]
     return statistics.median(seconds[1:] or seconds)
 
-def measure(ours: bool, task: str, n: int, batch: int, steps: int, repeats: int, width: int, device: torch.device,
-            compiling: bool) -> tuple[float, float, float]:
+def measure(ours: bool, task: str, n: int, batch: int, steps: int, width: int, device: torch.device, compiling: bool,
+            repeats: int) -> tuple[float, float, float]:
     """Seconds a step (median), its floating-point operations, and peak memory in GB, of one task done in one way.
-
     task: "distil", an iteration of Algorithm 1 with `steps` student steps on n images, or "train", as many steps."""
     if ours:
-        keep_freed_memory()
-    torch.backends.cudnn.benchmark = True
+        tune()
     seed_all("bench")
     net = convnet((3, 32, 32), 10, width).to(device)
     theta, y = flat_parameters(net), torch.arange(n, device=device) % 10
@@ -917,11 +860,11 @@ def measure(ours: bool, task: str, n: int, batch: int, steps: int, repeats: int,
     compile, record = accelerators(net, x[:batch], math.inf, compiling and ours)
     flops = forward_flops(net, x[:batch]) * (12 if task == "distil" else 3)
     if task == "distil":
+        step = student_step(net, compile) if ours else unrolled_step(net)
         teacher = torch.stack([theta, theta + 0.01 * torch.randn_like(theta)]).cpu()
         alpha, W = torch.tensor(0.01, device=device, requires_grad=True), torch.ones_like(theta, requires_grad=True)
-        runs = iadd(student_step(net, compile) if ours else unrolled_step(net), x.requires_grad_(), y, alpha, W,
-                    [teacher], T=repeats + 1, J=steps, K=1, max_start=1, batch=batch, lr_img=1, lr_alpha=1e-7,
-                    lr_w=1e-4, record=record)
+        runs = iadd(step, x.requires_grad_(), y, alpha, W, [teacher], T=repeats + 1, J=steps, K=1, max_start=1,
+                    batch=batch, lr_img=1, lr_alpha=1e-7, lr_w=1e-4, record=record)
     else:
         ell, optimizer = record(compile(flat_loss(net))), torch.optim.SGD([theta.requires_grad_()], 0.01, momentum=0.9)
         runs = (train(ell, theta, optimizer, x, y, steps * batch // n, batch) for _ in range(repeats + 1))
@@ -932,12 +875,12 @@ def measure_alone(*arguments) -> tuple[float, float, float]:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(measure, *arguments).result()
-        except (BrokenProcessPool, torch.OutOfMemoryError):
+        except (BrokenExecutor, torch.OutOfMemoryError):
             return math.nan, math.nan, math.nan
 
 def command_bench(args: argparse.Namespace) -> None:
     """Time each part of the method against the obvious way to write it (Section 4.2), on random data."""
-    gpu, width = args.device.type == "cuda", args.width or (32 if args.quick else 128)
+    gpu, width, repeats = args.device.type == "cuda", args.width or (32 if args.quick else 128), 2 if args.quick else 5
     torch.backends.cuda.matmul.allow_tf32 = True  # as cuDNN's convolutions do
     a = torch.randn(2 * [8192 if gpu else 2048], device=args.device)
     rate = 2 * len(a) ** 3 / median_seconds((a @ a for _ in range(10)), args.device)
@@ -950,12 +893,11 @@ def command_bench(args: argparse.Namespace) -> None:
             ("distil, batch 100", ("distil", 100, 100, J), 500, "10 iterations of 50 steps"),
             ("teachers, batch 256", ("train", 256 * J, 256, J), 196, "an epoch of CIFAR-10"),
             ("evaluation, batch 10", ("train", 10, 10, 20 * J), 5000, "five networks, 1000 epochs")]:
-        (slow, _, before), (fast, flops, after) = (
-            measure_alone(ours, *case, 2 if args.quick else 5, *settings) for ours in (False, True))
+        (slow, _, before), (fast, flops, after) = (measure_alone(f, *case, *settings, repeats) for f in (False, True))
         print(f"{name:<22}{1000 * slow:>12.2f}{1000 * fast:>10.2f}{slow / fast:>7.2f}x{flops / fast / rate:>7.0%}"
               f"{before:>7.2f} -> {after:>4.2f} GB  {what}: {count * fast:.2f} s", flush=True)
     for batch in (10,) if args.quick else (10, 100):
-        few, many = (measure_alone(True, "distil", batch, batch, J, 0, *settings)[2] for J in (5, 50))
+        few, many = (measure_alone(True, "distil", batch, batch, J, *settings, 0)[2] for J in (5, 50))
         print(f"peak memory at batch {batch}: J = 5 {few:.2f} GB, J = 50 {many:.2f} GB ({many / few - 1:+.0%})")
 
 # ------------------------------------------------------------------------------------------------
@@ -963,57 +905,52 @@ def command_bench(args: argparse.Namespace) -> None:
 
 def at_least(low: float, kind: type = int, strict: bool = False):
     """An argparse type: a number from `low` (above it, if strict) to a thousand million."""
-    def parse(text):
+    def number(text):  # the name shows in argparse's message
         value = kind(text)
-        if not (low < value if strict else low <= value) or value > 1e9:
+        if not low <= value <= 1e9 or strict and value == low:
             raise argparse.ArgumentTypeError(f"{text} is not {'above' if strict else 'at least'} {low} and below 1e9")
         return value
-    parse.__name__ = "number"  # argparse: "invalid number value: 'x'"
-    return parse
+    return number
 
 def make_parser() -> argparse.ArgumentParser:
     whole, above_zero, zero_up = at_least(1), at_least(0, float, strict=True), at_least(0, float)
-    form = argparse.RawDescriptionHelpFormatter
+    form, switch = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{teachers,distill,eval,bench}")
-
-    machine, data = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
+    machine, data, result = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     add = machine.add_argument_group("machine and network").add_argument
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=None,
-        help="fuse operations by torch.compile; --no-compile: all plain PyTorch (default: compile what takes minutes)")
+    add("--compile", action=switch, help="torch.compile; --no-compile: plain PyTorch (default: if the run is long)")
     add("--width", type=whole, help="channels of each convolution of the ConvNet (default: preset, 128 in the paper)")
     add = data.add_argument_group("data and files").add_argument
-    add("--dataset", help="cifar10, cifar100, shapes, or a folder with train/<class>/* and test/<class>/* images "
-        "(default: cifar10)")
+    add("--dataset", help="cifar10, cifar100, shapes, or a folder of {train,test}/<class>/* images (default: cifar10)")
     add("--preset", choices=[name for name, in parse_table(TRAINING, 1)],
-        help="dataset whose settings are used where none are given (default: the dataset itself; for a folder cifar10)")
+        help="whose settings hold where none are given (default: the dataset's own, for a folder cifar10's)")
     add("--data-dir", type=Path, default=Path("data"), help="downloads and caches (default: data)")
     add("--runs", type=Path, default=Path("runs"), help="where results are written (default: runs)")
     add("--size", type=whole, help="side in pixels that a folder's images are resized to (default: as they are)")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
     add("--depth", type=whole, help="convolution blocks (default: by image size: 3 for 32 pixels, 4 for 64, 5 for 112)")
-    add("--zca", action=argparse.BooleanOptionalAction, default=None,
-        help="whiten by ZCA, or normalise each channel (default: preset)")
+    add("--zca", action=switch, help="whiten by ZCA, or normalise each channel (default: preset)")
+    add = result.add_argument_group("which result").add_argument
+    add("--ipc", type=whole, help="distilled images per class (default: 1)")
+    add("--method", choices=["iadd", "mtt"], default="iadd", help="mtt keeps the weights W at 1 (default: iadd)")
+    add("--name", help="its folder (default: ipc<IPC>_<method>_seed<seed>)")
 
-    def command(name, function, parents=(data, machine)):
-        text = function.__doc__
+    def command(name, function, *parents):
         presets = f"presets (default < preset < what is typed):\n{TRAINING}{MATCHING}" if data in parents else ""
-        sub = commands.add_parser(name, parents=parents, help=text, description=text, formatter_class=form,
-                                  epilog=presets)
+        sub = commands.add_parser(name, parents=parents, help=function.__doc__, description=function.__doc__,
+                                  formatter_class=form, epilog=presets)
         sub.set_defaults(function=function)
         return sub.add_argument_group(name).add_argument
 
-    add = command("teachers", command_teachers)
+    add = command("teachers", command_teachers, data, machine)
     add("--teachers", type=whole, help="how many trajectories (default: preset, 200 in the paper for CIFAR)")
     add("--epochs", type=whole, help="epochs of each (default: preset, 50; with --ipc only those that distill reads)")
     add("--ipc", type=whole, help="train only the epochs that distill with this IPC reads (default: all)")
     add("--lr-teacher", type=above_zero, help="learning rate, plain SGD (default: preset, .01)")
     add("--batch-real", type=whole, help="images a step (default: preset, 256)")
-
-    add = command("distill", command_distill)
-    add("--ipc", type=whole, default=1, help="distilled images per class (default: 1)")
-    add("--method", choices=["iadd", "mtt"], default="iadd", help="mtt keeps the weights W at 1 (default: iadd)")
+    add = command("distill", command_distill, data, machine, result)
     add("--iterations", type=whole, help="T, distillation iterations (default: preset, 5000 in the paper)")
     add("--steps", type=whole, help="J, student steps an iteration (default: preset)")
     add("--expert-epochs", type=whole, help="K, teacher epochs from start to target (default: preset)")
@@ -1025,21 +962,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr-w", type=zero_up, default=1e-4, help="learning rate of the weights W (default: 1e-4, Section 4.1)")
     add("--checkpoint-every", type=whole, default=500, help="iterations between checkpoints (default: 500)")
     add("--restart", action="store_true", help="begin anew, the result that is there becomes distilled.old.pt")
-    add("--name", help="folder of the result (default: ipc<IPC>_<method>_seed<seed>)")
-
-    add = command("eval", command_eval)
-    add("--ipc", type=whole, help="distilled images per class (default: 1)")
-    add("--method", choices=["iadd", "mtt"], default="iadd", help="whose distilled file (default: iadd)")
-    add("--name", help="folder of the result (default: ipc<IPC>_<method>_seed<seed>)")
+    add = command("eval", command_eval, data, machine, result)
     add("--distilled", type=Path, metavar="FILE", help="a distilled file from elsewhere (default: the one in --runs)")
     add("--on", nargs="+", choices=["distilled", "random", "full"], default=["distilled"],
-        help="distilled images, as many random real ones, or the whole training set (default: distilled)")
+        help="distilled images, as many random real ones, all training images (default: distilled)")
     add("--arch", nargs="+", choices=ARCHITECTURES, default=["convnet"], help="networks to train (default: convnet)")
     add("--nets", type=whole, default=5, help="networks of each kind, differently initialised (default: 5)")
     add("--eval-epochs", type=whole, help="epochs of training (default: 1000; on the full set the preset's 50)")
     add("--lr", type=above_zero, help="learning rate (default: the learned alpha; on real images the teachers')")
-
-    add = command("bench", command_bench, [machine])
+    add = command("bench", command_bench, machine)
     add("--quick", action="store_true", help="width 32 and few repetitions: about a minute")
     return parser
 
@@ -1052,8 +983,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # whatever a missing backend raises
         parser.error(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})")
-    keep_freed_memory()
-    torch.backends.cudnn.benchmark = True  # shapes are fixed: let cuDNN time its convolutions and choose
+    tune()
     try:
         args.function(args)
     except (UserError, OSError, MemoryError, RuntimeError) as error:

@@ -288,7 +288,7 @@ def test_bench(capsys, monkeypatch):
 def test_each_case_of_bench_has_its_own_process():
     before = iadd.peak_memory(torch.device("cpu"))
     ballast = torch.ones(400_000_000, dtype=torch.uint8)  # of this process, which is no matter of the case
-    seconds, flops, peak = iadd.measure_alone(True, "distil", 4, 4, 2, 1, 4, torch.device("cpu"), False)
+    seconds, flops, peak = iadd.measure_alone(True, "distil", 4, 4, 2, 4, torch.device("cpu"), False, 1)
     assert seconds > 0 and flops == 12 * iadd.forward_flops(iadd.convnet((3, 32, 32), 10, 4), torch.zeros(4, 3, 32, 32))
     assert 0.1 < peak < before + 0.3 and iadd.peak_memory(torch.device("cpu")) > 0.4 and ballast[0] == 1
 
@@ -498,7 +498,8 @@ def test_snapshots_do_not_alias_the_live_weights(shapes):
     net = iadd.convnet(data.shape, 10, width=4).to(DEVICE)
     initial = flat_parameters(net).cpu()
     ell = iadd.flat_loss(net)
-    thetas = iadd.train_teacher(ell, initial[None], normalise(data.train[0]), data.train[1].to(DEVICE), 3, (0, "t"), batch=50)
+    x, y = normalise(data.train[0]), data.train[1].to(DEVICE)
+    thetas = iadd.train_teacher(ell, initial[None], x, y, 3, (0, "t"), batch=50)
     assert thetas.shape == (4, count(net)) and thetas.dtype == torch.float32 and thetas.device.type == "cpu"
     assert torch.equal(thetas[0], initial) and torch.equal(flat_parameters(net).cpu(), initial)
     moved = (thetas[1:] - thetas[:-1]).norm(dim=1)
@@ -646,7 +647,8 @@ def test_files_of_a_run(run):
     assert result["classes"] == ["cat", "dog", "emu"] and result["settings"]["steps"] == 3
     assert result["W"].shape == teacher["thetas"][0].shape and result["W"].max() <= 1
     rows = list(csv.DictReader(open(out / "log.csv")))
-    assert [row["iteration"] for row in rows] == ["5", "10", "12"] and all(math.isfinite(float(v)) for v in rows[0].values())
+    assert [row["iteration"] for row in rows] == ["5", "10", "12"]
+    assert all(math.isfinite(float(v)) for v in rows[0].values())
     with Image.open(out / "images_00012.png") as grid:
         assert grid.size == (96 + 8, 3 * 100 + 4)
     assert not list(tmp.rglob("*.tmp"))
@@ -690,8 +692,8 @@ def test_same_bits_at_a_real_size():
         net = iadd.convnet((3, 32, 32), 10, width=8)
         teachers = [torch.randn(3, count(net)).cumsum(0) * 0.05]
         images, W = torch.randn(10, 3, 32, 32, requires_grad=True), torch.ones(count(net), requires_grad=True)
-        list(iadd.iadd(iadd.student_step(net), images, torch.arange(10), torch.tensor(0.02, requires_grad=True), W, teachers, T=3,
-                       J=20, K=2, max_start=1, batch=10, lr_img=100, lr_alpha=0, lr_w=0))
+        alpha, step = torch.tensor(0.02, requires_grad=True), iadd.student_step(net)
+        list(iadd.iadd(step, images, torch.arange(10), alpha, W, teachers, T=3, J=20, K=2, max_start=1, batch=10, lr_img=100, lr_alpha=0, lr_w=0))
         return images.detach()
 
     first = distilled()
@@ -832,10 +834,10 @@ def test_bad_datasets(tmp_path, capsys, monkeypatch):
     assert not list((tmp_path / "runs").rglob("*.pt"))
     (tmp_path / "empty").mkdir()
     assert "train/<class>/" in says("--dataset", tmp_path / "empty")
-    assert "single class, cat" in says("--dataset", make_folder(tmp_path / "one", ["cat"]))
+    assert "two or more, not cat" in says("--dataset", make_folder(tmp_path / "one", ["cat"]))
     root = make_folder(tmp_path / "odd")
     (root / "test" / "emu").rename(root / "test" / "fox")
-    assert "emu, fox" in says("--dataset", root)
+    assert "the same classes, two or more, not emu, fox" in says("--dataset", root)
     root = make_folder(tmp_path / "broken")
     (root / "train" / "dog" / "2.png").write_bytes((root / "train" / "dog" / "2.png").read_bytes()[:200])
     assert "broken/train/dog/2.png" in says("--dataset", root)
@@ -847,7 +849,7 @@ def test_bad_datasets(tmp_path, capsys, monkeypatch):
     message = says("--dataset", root)
     assert "test/dog/2.png has 32x40" in message and "--size" in message
     assert "--no-zca" in says("--dataset", make_folder(tmp_path / "large", size=90), "--ipc", 1)
-    assert "--size resizes" in says("--dataset", "shapes", "--size", 8)
+    assert "with --size, a folder" in says("--dataset", "shapes", "--size", 8)
     assert "convnet needs images of 128 pixels" in says("--dataset", "shapes", "--depth", 7)
 
     def no_network(*args, **kwargs):
@@ -878,9 +880,9 @@ def test_bad_options(words, says, capsys):
 def test_missing_or_mismatching_teachers(run, tmp_path, capsys):
     tmp, options, folder, out = run
     missing = refused(capsys, "distill", *options, "--no-zca")
-    assert "no teachers in" in missing and "python iadd.py teachers --dataset" in missing
+    assert "no teachers in" in missing and "run first: python iadd.py teachers --epochs 3" in missing
     few = refused(capsys, "distill", *options, "--max-start-epoch", 30, "--restart")
-    assert "reads 31" in few and "--epochs 31" in few
+    assert "epochs, not 31" in few and "--epochs 31" in few
     assert "seed 0, not 5" in refused(capsys, "teachers", *options, "--teachers", 1, "--seed", 5)
 
     other = tmp_path / "runs" / "pets_zca_convnet-d3-w8" / "teachers"  # files that someone copied to another folder
@@ -907,7 +909,7 @@ def test_ipc_larger_than_the_smallest_class(run, capsys):
 def test_eval_without_a_result(run, capsys):
     tmp, options, *_ = run
     message = refused(capsys, "eval", *options, "--ipc", 3, "--zca")
-    assert "does not exist; run first" in message and "python iadd.py distill" in message and "--ipc 3" in message
+    assert "does not exist; run first: python iadd.py distill" in message and "ipc3_iadd" in message
     assert "does not exist" in refused(capsys, "eval", "--distilled", tmp / "nowhere.pt")
     other = make_folder(tmp / "other" / "pets")  # the same names, other images
     Image.new("RGB", (32, 32)).save(other / "train" / "cat" / "0.png")
