@@ -27,7 +27,7 @@ Glossary
     alpha        the student's learning rate, a trainable scalar        alpha, Eq. (2), (10)
     W            the importance of each parameter, (P,)                 W, Eq. (6), (11)
     T            distillation iterations                                --iterations
-    J, K         student steps; teacher epochs from start to target     --steps, --expert-epochs (MTT's "experts")
+    J, K         student steps; teacher epochs, of many steps each      --steps, --expert-epochs (MTT's "experts")
     max_start    a student starts at a teacher epoch i < max_start      I+, --max-start-epoch
     DSA, IPC     differentiable Siamese augmentation; images per class  script A, [47]; --ipc
 """
@@ -173,7 +173,6 @@ class Dataset:
     classes: list[str]
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
-
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of every image."""
@@ -452,8 +451,7 @@ def recorded(function):
             try:
                 replay = torch.cuda.make_graphed_callables(function, examples)
             except RuntimeError as error:
-                print(f"CUDA graphs do not work here ({error}): going on without".splitlines()[0], file=sys.stderr)
-                replay = function
+                raise UserError(f"cannot record a CUDA graph, --no-compile does without: {error}") from None
         return replay(*inputs)
     return call
 
@@ -464,7 +462,7 @@ def forward_flops(net: nn.Module, x: Tensor) -> int:
     return counter.get_total_flops()
 
 def accelerators(net: nn.Module, x: Tensor, passes: float, wanted: bool | None = None) -> tuple:
-    """Two transformations of functions, (compile, record), that change nothing but speed and rounding.
+    """Two transformations of functions, (compile, record), for speed. Results are the same but for rounding.
     wanted: --compile, --no-compile, or None to compile if as many forward `passes` of x would take minutes."""
     if wanted is False:
         return plain, plain
@@ -479,11 +477,13 @@ def accelerators(net: nn.Module, x: Tensor, passes: float, wanted: bool | None =
             print(f"torch.compile does not work here ({type(error).__name__}): going on without", file=sys.stderr)
     return plain, record
 
-def tune() -> None:
+def tune(device: torch.device) -> None:
     """Settings of the process, for speed: cuDNN times its convolutions and chooses; and malloc (glibc's) keeps large
     blocks that are freed, instead of returning them to the system, which clears every page before it gives it out
     again. On a CPU that is up to half of the time of a training step."""
     torch.backends.cudnn.benchmark = True
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # CUDA graphs are recorded on the current one
     try:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0), mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
@@ -550,8 +550,8 @@ def student_step(net: nn.Module, compile=plain):
     """One step of Eq. (2), step(theta, alpha, x, y) = theta - alpha grad ell, differentiable in theta, alpha and x.
 
     Unrolling J such steps with create_graph=True would keep every activation of all of them. This keeps the
-    step's inputs only, and its backward pass runs the step again, as one vector-Jacobian product: the same gradients
-    with the memory of a single step."""
+    step's inputs only, and its backward pass runs the step again, as one vector-Jacobian product: the same gradients,
+    and the activations of a single step at a time."""
     ell = flat_loss(net)
 
     def step(theta, alpha, x, y):
@@ -591,7 +591,8 @@ def random_segments(teachers: list[Tensor], K: int, max_start: int, T: int):
 def iadd(step, images: Tensor, labels: Tensor, alpha: Tensor, W: Tensor, teachers: list[Tensor], *, T: int, J: int,
          K: int, max_start: int, batch: int, lr_img: float, lr_alpha: float, lr_w: float, record=plain):
     """Algorithm 1. Updates images (N, C, H, W), alpha () and W (P,) in place; yields the loss, a tensor (), T times.
-    With W.requires_grad == False the weights stay as they are: W = 1 is MTT."""
+    step: of `student_step`. teachers: (epochs + 1, P) each. Eq. (10)-(12) carry the index j, but Algorithm 1 updates
+    once an iteration. With W.requires_grad == False the weights stay as they are: W = 1 is MTT."""
     @record
     def student(theta, alpha, x, y):                              # (P,), (), (J, batch, C, H, W), (J, batch) -> (P,)
         for x_j, y_j in zip(x, y):                                                        # lines 6, 10
@@ -606,7 +607,7 @@ def iadd(step, images: Tensor, labels: Tensor, alpha: Tensor, W: Tensor, teacher
         theta_start, theta_target = (on_device(theta, images.device) for theta in segment)  # line 5
         # The images stay as they are for an iteration, so that all J mini-batches can be made at once.
         index = minibatches(len(images), batch, J, images.device)                         # line 7, Eq. (1)
-        x = images.index_select(0, index.flatten())  # images[index] would add its gradients in no fixed order
+        x = images.index_select(0, index.flatten())  # on a CPU images[index] would add its gradients in any order
         x, y = augment(x.view(J, batch, *images.shape[1:])), labels[index]                # (J, batch, C, H, W)
         theta = student(theta_start, alpha, x, y)                                         # lines 6-10
         loss = iadd_loss(theta, theta_start, theta_target, W)                             # lines 11-13, Eq. (9)
@@ -852,8 +853,7 @@ def measure(ours: bool, task: str, n: int, batch: int, steps: int, width: int, d
     """Seconds a step (median), its floating-point operations, and peak memory in GB, of one task done in one way.
     task: "distil", an iteration of Algorithm 1 with `steps` student steps on n images, or "train", as many steps."""
     if ours:
-        tune()
-    seed_all("bench")
+        tune(device)
     net = convnet((3, 32, 32), 10, width).to(device)
     theta, y = flat_parameters(net), torch.arange(n, device=device) % 10
     x = torch.randn(n, 3, 32, 32, device=device)
@@ -862,7 +862,7 @@ def measure(ours: bool, task: str, n: int, batch: int, steps: int, width: int, d
     if task == "distil":
         step = student_step(net, compile) if ours else unrolled_step(net)
         teacher = torch.stack([theta, theta + 0.01 * torch.randn_like(theta)]).cpu()
-        alpha, W = torch.tensor(0.01, device=device, requires_grad=True), torch.ones_like(theta, requires_grad=True)
+        alpha, W = theta.new_tensor(0.01).requires_grad_(), torch.ones_like(theta).double().requires_grad_()
         runs = iadd(step, x.requires_grad_(), y, alpha, W, [teacher], T=repeats + 1, J=steps, K=1, max_start=1,
                     batch=batch, lr_img=1, lr_alpha=1e-7, lr_w=1e-4, record=record)
     else:
@@ -983,11 +983,11 @@ def main(argv: list[str] | None = None) -> int:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # whatever a missing backend raises
         parser.error(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})")
-    tune()
+    tune(args.device)
     try:
         args.function(args)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # not for want of memory
             raise  # not the user's: show where
         print(f"iadd.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2

@@ -693,7 +693,8 @@ def test_same_bits_at_a_real_size():
         teachers = [torch.randn(3, count(net)).cumsum(0) * 0.05]
         images, W = torch.randn(10, 3, 32, 32, requires_grad=True), torch.ones(count(net), requires_grad=True)
         alpha, step = torch.tensor(0.02, requires_grad=True), iadd.student_step(net)
-        list(iadd.iadd(step, images, torch.arange(10), alpha, W, teachers, T=3, J=20, K=2, max_start=1, batch=10, lr_img=100, lr_alpha=0, lr_w=0))
+        list(iadd.iadd(step, images, torch.arange(10), alpha, W, teachers, T=3, J=20, K=2, max_start=1, batch=10,
+                       lr_img=100, lr_alpha=0, lr_w=0))
         return images.detach()
 
     first = distilled()
