@@ -253,6 +253,22 @@ def test_compiles_what_takes_minutes_and_falls_back(monkeypatch, capsys):
     assert capsys.readouterr().err == "torch.compile does not work here (RuntimeError): going on without\n"
 
 
+def test_failures_of_the_gpu_are_told_apart(monkeypatch, capsys):
+    def fails(text):
+        def function(*args, **options):
+            raise RuntimeError(text)
+        return function
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails("operation not permitted when stream is capturing"))
+    with pytest.raises(UserError, match="--no-compile"):
+        iadd.recorded(torch.sin)(torch.ones(1))
+    monkeypatch.setattr(iadd, "command_bench", fails("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert "Tried to allocate" in refused(capsys, "bench")
+    monkeypatch.setattr(iadd, "command_bench", fails("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):  # a bug, to be seen with its traceback
+        command("bench")
+
+
 def test_forward_flops():
     net, x = iadd.convnet((3, 32, 32), 10), torch.zeros(2, 3, 32, 32)
     macs = 128 * (3 * 9 * 32 ** 2 + 128 * 9 * 16 ** 2 + 128 * 9 * 8 ** 2) + 2048 * 10
