@@ -450,6 +450,8 @@ def recorded(function):
             examples = tuple(i.detach().clone().requires_grad_(i.requires_grad) for i in inputs)
             try:
                 replay = torch.cuda.make_graphed_callables(function, examples)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise UserError(f"cannot record a CUDA graph, --no-compile does without: {error}") from None
         return replay(*inputs)
@@ -504,8 +506,8 @@ def train(ell, theta: Tensor, optimizer: torch.optim.Optimizer, x: Tensor, y: Te
           progress=lambda steps: None) -> None:
     """Passes over x (N, C, H, W), y (N,) in random mini-batches with DSA. Updates theta (P,) in place."""
     batch = min(batch, len(x))
-    index = minibatches(len(x), batch, epochs * math.ceil(len(x) / batch), x.device)
-    for index in index.split(max(1, 4096 // batch)) if epochs else ():
+    indices = minibatches(len(x), batch, epochs * math.ceil(len(x) / batch), x.device)
+    for index in indices.split(max(1, 4096 // batch)) if epochs else ():
         for x_j, y_j in zip(augment(x[index]), y[index]):  # thousands of images are augmented at once
             optimizer.zero_grad()
             ell(theta, x_j, y_j).backward()
@@ -800,7 +802,6 @@ def command_eval(args: argparse.Namespace) -> None:
     for arch, on in itertools.product(args.arch, args.on):  # whatever is wrong shows before hours of training
         build(arch, data, args.width, args.depth), sources[on]()
     path.parent.mkdir(parents=True, exist_ok=True)
-
     print(f"\n{data.name}, IPC {args.ipc}: test accuracy after the last epoch, mean ± standard deviation\n"
           f"{'trained on':<12}{'network':<10}{'accuracy':>14}{'networks':>10}{'epochs':>8}{'lr':>10}{'seconds':>9}")
     for on, arch in itertools.product(args.on, args.arch):
@@ -943,7 +944,6 @@ def make_parser() -> argparse.ArgumentParser:
                                   formatter_class=form, epilog=presets)
         sub.set_defaults(function=function)
         return sub.add_argument_group(name).add_argument
-
     add = command("teachers", command_teachers, data, machine)
     add("--teachers", type=whole, help="how many trajectories (default: preset, 200 in the paper for CIFAR)")
     add("--epochs", type=whole, help="epochs of each (default: preset, 50; with --ipc only those that distill reads)")
@@ -971,7 +971,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--eval-epochs", type=whole, help="epochs of training (default: 1000; on the full set the preset's 50)")
     add("--lr", type=above_zero, help="learning rate (default: the learned alpha; on real images the teachers')")
     add = command("bench", command_bench, machine)
-    add("--quick", action="store_true", help="width 32 and few repetitions: about a minute")
+    add("--quick", action="store_true", help="width 32 and few repetitions: two to three minutes")
     return parser
 
 def main(argv: list[str] | None = None) -> int:

@@ -254,13 +254,16 @@ def test_compiles_what_takes_minutes_and_falls_back(monkeypatch, capsys):
 
 
 def test_failures_of_the_gpu_are_told_apart(monkeypatch, capsys):
-    def fails(text):
+    def fails(text, kind=RuntimeError):
         def function(*args, **options):
-            raise RuntimeError(text)
+            raise kind(text)
         return function
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails("operation not permitted when stream is capturing"))
     with pytest.raises(UserError, match="--no-compile"):
+        iadd.recorded(torch.sin)(torch.ones(1))
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails("Tried to allocate", torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):  # which is not for want of graphs
         iadd.recorded(torch.sin)(torch.ones(1))
     monkeypatch.setattr(iadd, "command_bench", fails("CUDA out of memory. Tried to allocate 2.00 GiB."))
     assert "Tried to allocate" in refused(capsys, "bench")
