@@ -31,19 +31,8 @@ Glossary
     max_start    a student starts at a teacher epoch i < max_start      I+, --max-start-epoch
     DSA, IPC     differentiable Siamese augmentation; images per class  script A, [47]; --ipc
 """
-import argparse
-import csv
-import ctypes
-import functools
-import itertools
-import json
-import math
-import multiprocessing
-import os
-import statistics
-import sys
-import time
-import zlib
+import argparse, csv, ctypes, functools, hashlib, itertools, json, math, multiprocessing, os, shutil, statistics, sys
+import time, zipfile, zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +44,11 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
 # Settings: default < preset < what the user typed
-
 # Sections 4.1, 4.2 and 4.5 (COVID-CXR: T = iterations is assumed). Paper silent on the teachers' learning rate and
 # batch: MTT's. `shapes` is ours. For Tiny ImageNet and COVID-CXR presets only: --dataset FOLDER --preset covid.
 TRAINING = """
@@ -113,7 +102,6 @@ def differences(found: dict, wanted: dict) -> str:
 
 # ------------------------------------------------------------------------------------------------
 # Files (written whole or not at all, read as data and never as code), progress, memory
-
 def checksum(content: dict) -> str:
     """Of a dict of CPU tensors and plain values."""
     parts = (value.contiguous().numpy() if isinstance(value, Tensor) else repr(value).encode()
@@ -165,7 +153,6 @@ def peak_memory(device: torch.device) -> float:
 
 # ------------------------------------------------------------------------------------------------
 # Datasets
-
 @dataclass
 class Dataset:
     """Images and labels: train and test are pairs of uint8 (N, C, H, W), H = W, and int64 (N,), index into classes."""
@@ -178,14 +165,21 @@ class Dataset:
         """(C, H, W) of every image."""
         return tuple(self.train[0].shape[1:])
 
-def load_dataset(name: str, data_dir: Path, size: int | None = None) -> Dataset:
-    """cifar10, cifar100, shapes, or a folder with train/<class>/* and test/<class>/*.
-    size: side in pixels that a folder's images are resized to. Raises UserError."""
-    if name in ("cifar10", "cifar100", "shapes") and not size:
-        return make_shapes() if name == "shapes" else load_cifar(name, data_dir)
+def load_dataset(name: str, data_dir: Path, cache: Path, size: int | None = None, only: list[str] = ()) -> Dataset:
+    """cifar10, cifar100, tinyimagenet, covid or shapes, or a folder with train/<class>/* and test/<class>/*.
+    data_dir: the folder or archive that holds the data. cache: where they are unpacked and kept once read. For image
+    files, size: the side in pixels that they are resized to (covid: 112), only: the classes to use. Raises UserError."""
+    if name in ("cifar10", "cifar100", "shapes") and not (size or only):
+        return make_shapes() if name == "shapes" else load_cifar(name, unpacked(data_dir, cache))
+    full_name = Path(name).resolve().name + (f"-{len(only)}classes" if only else "") + (f"-{size}px" if size else "")
+    if name == "tinyimagenet":
+        return read_dataset(full_name, list_tiny_imagenet(unpacked(data_dir, cache)), only, cache, size, "RGB")
+    if name == "covid":
+        return read_dataset(full_name, list_covid(unpacked(data_dir, cache), only), only, cache, size or 112, "L")
     if Path(name).is_dir():
-        return load_folder(Path(name), data_dir, size)
-    raise UserError(f"unknown dataset {name!r}: --dataset takes cifar10, cifar100, shapes or, with --size, a folder")
+        return read_dataset(full_name, list_folder(Path(name)), only, cache, size)
+    raise UserError(f"unknown dataset {name!r}: --dataset takes cifar10, cifar100, tinyimagenet, covid, shapes or a "
+                    "folder; --size and --classes are for image files")
 
 def load_cifar(name: str, data_dir: Path) -> Dataset:
     """CIFAR-10 or CIFAR-100 [53], downloaded to data_dir on first use (170 MB)."""
@@ -197,13 +191,78 @@ def load_cifar(name: str, data_dir: Path) -> Dataset:
     pairs = [(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts]
     return Dataset(name, list(parts[0].classes), *pairs)
 
-def read_image(path: str, size: int | None) -> np.ndarray:
-    """One image file as uint8 (H, W, C), C = 1 if it is greyscale, else 3. Raises UserError."""
+def unpacked(path: Path, cache: Path) -> Path:
+    """The folder `path`; of an archive (.zip, .tar.gz, ...) the folder in `cache` into which it is unpacked, once."""
+    if not path.is_file():
+        return path
+    target = cache / f"{path.name}-{checksum({'path': path.resolve(), 'date': path.stat().st_mtime_ns})}"
+    if not target.exists():
+        print(f"unpacking {path} into {target}", file=sys.stderr)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        try:  # what would land outside of the folder is an error in a tar, and left out of a zip
+            shutil.unpack_archive(path, temporary, **({} if zipfile.is_zipfile(path) else {"filter": "data"}))
+            temporary.rename(target)
+        except Exception as error:  # each format raises its own
+            raise UserError(f"cannot unpack {path}: {error}") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+def image_files(folder: Path, pattern: str = "*") -> list[Path]:
+    """The image files there, in the order of their names; hidden and other files are ignored."""
+    return sorted(file for file in folder.glob(pattern) if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()
+                  and not any(part.startswith(".") for part in file.relative_to(folder).parts))
+
+def find_root(data_dir: Path, inside: list[str], name: str, layout: str, page: str) -> Path:
+    """data_dir, or the folder up to two levels below, that has something of the name of one `inside`."""
+    for folder in [data_dir, *sorted(data_dir.glob("*/")), *sorted(data_dir.glob("*/*/"))]:
+        if any((folder / entry).exists() for entry in inside):
+            return folder
+    raise UserError(f"{data_dir} does not hold {layout}: download it from {page}, then run: python iadd.py teachers "
+                    f"--dataset {name} --data-dir FOLDER_OR_ARCHIVE")
+
+# Each returns the classes and the (file, class) pairs of the training and of the test images. Raises UserError.
+
+def list_folder(root: Path) -> tuple[list, list, list]:
+    """train/<class>/* and test/<class>/*."""
+    train, test = ([(f, f.parent.name) for f in image_files(root / part, "*/*")] for part in ("train", "test"))
+    return sorted({c for _, c in train + test}), train, test
+
+def list_tiny_imagenet(data_dir: Path) -> tuple[list, list, list]:
+    """Tiny ImageNet [80] as published; the validation images, whose labels are known, are the test set."""
+    root = find_root(data_dir, ["wnids.txt"], "tinyimagenet", "tiny-imagenet-200/{wnids.txt,words.txt,train/,val/}",
+                     "http://cs231n.stanford.edu/tiny-imagenet-200.zip")
+    def columns(file):
+        return dict(line.split("\t")[:2] for line in (root / file).read_text("utf-8").splitlines() if "\t" in line)
+    words, labels = columns("words.txt"), columns("val/val_annotations.txt")
+    names = {wnid: words.get(wnid, wnid).split(",")[0] for wnid in (root / "wnids.txt").read_text().split()}
+    train = [(file, name) for wnid, name in names.items() for file in image_files(root / "train" / wnid / "images")]
+    test = [(root / "val/images" / file, names[wnid]) for file, wnid in labels.items() if wnid in names]
+    return list(names.values()), train, test
+
+def list_covid(data_dir: Path, only: list[str] = ()) -> tuple[list, list, list]:
+    """The COVID-19 Radiography Database [81], but for its masks, split 8:2 in each class (Section 4.1): 16,933 and 4,232
+    images. Which file goes where depends on its name alone."""
+    classes, train, test = list(only or ["COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"]), [], []
+    root = find_root(data_dir, classes, "covid", "COVID-19_Radiography_Dataset/<class>/images/*.png",
+                     "https://www.kaggle.com/datasets/tawsifurrahman/covid19-radiography-database")
+    if missing := [name for name in classes if not (root / name).is_dir()]:
+        raise UserError(f"{root} has no folder {', '.join(missing)}; --classes COVID Normal, say, runs on a part")
+    for name in classes:
+        files = image_files(root / name / "images", "*.png") or image_files(root / name, "*.png")  # so in old copies
+        files.sort(key=lambda file: hashlib.sha256(f"{name}/{file.name}".encode()).digest())
+        cut = round(0.8 * len(files))
+        train, test = train + [(f, name) for f in files[:cut]], test + [(f, name) for f in files[cut:]]
+    return classes, train, test
+
+def read_image(path: str, size: int | None, mode: str | None = None) -> np.ndarray:
+    """One image file as uint8 (H, W, C), C = 1 for mode L, else 3 (default: L if it is greyscale). Raises UserError."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
                 raise ValueError(f"its pixels are of mode {image.mode}; 8-bit images are needed")
-            image = ImageOps.exif_transpose(image).convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+            mode = mode or ("L" if image.mode in ("1", "L", "LA") else "RGB")
+            image = ImageOps.exif_transpose(image).convert(mode)
             if size:
                 image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased
             pixels = np.asarray(image)
@@ -211,32 +270,33 @@ def read_image(path: str, size: int | None) -> np.ndarray:
         raise UserError(f"cannot read the image {path}: {error}") from None
     return pixels.reshape(*pixels.shape[:2], -1)
 
-def load_folder(root: Path, data_dir: Path, size: int | None = None) -> Dataset:
-    """A folder of images, train/<class>/* and test/<class>/*; greyscale if all of them are.
-    Read once, then kept in data_dir/cache under a name made from every file's path, size and date."""
-    try:
-        parts = [torchvision.datasets.ImageFolder(root / split) for split in ("train", "test")]
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{root} needs {root}/train/<class>/*.png and {root}/test/<class>/*.png: {error}") from None
-    classes = parts[0].classes
-    if (odd := sorted(set(classes) ^ set(parts[1].classes))) or len(classes) < 2:
-        raise UserError(f"{root}: train and test need the same classes, two or more, not {', '.join(odd or classes)}")
-    files = [path for part in parts for path, _ in part.samples]
-    stamps = [(os.path.relpath(f, root), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
-    name = root.resolve().name + (f"-{size}px" if size else "")
-    cache = data_dir / "cache" / f"{name}-{checksum({'root': root.resolve(), 'size': size, 'files': stamps})}.pt"
-    if not cache.exists():
+def read_dataset(name: str, listing: tuple[list, list, list], only: list[str], cache: Path, size: int | None,
+                 mode: str | None = None) -> Dataset:
+    """The images of a listing, if given `only` of these classes. Read once, then kept in `cache` under a name made from
+    every file's path, size and date. Raises UserError."""
+    classes, *parts = listing
+    classes = list(dict.fromkeys(only or classes))
+    train, test = ([(file, c) for file, c in part if c in classes] for part in parts)
+    lacking = set(classes) - ({c for _, c in train} & {c for _, c in test})
+    if lacking or len(classes) < 2:
+        raise UserError(f"{name} needs two or more classes, each with images for training and for testing, in a folder "
+                        f"train/<class>/*.png and test/<class>/*.png; not so: {', '.join(sorted(lacking or classes))}")
+    files = [file for file, _ in train + test]
+    stamps = [(str(f.resolve()), s.st_size, s.st_mtime_ns) for f in files for s in [f.stat()]]
+    path = cache / f"{name}-{checksum({'size': size, 'mode': mode, 'files': stamps})}.pt"
+    if not path.exists():
         with ThreadPoolExecutor() as pool:
-            reading = pool.map(lambda file: read_image(file, size), files)
-            arrays = list(progress_bar(reading, desc=f"reading {root}", total=len(files), unit="image"))
+            reading = pool.map(lambda file: read_image(file, size, mode), files)
+            arrays = list(progress_bar(reading, desc=f"reading {name}", total=len(files), unit="image"))
         side, channels = arrays[0].shape[0], max(array.shape[2] for array in arrays)
         for file, array in zip(files, arrays):
             if array.shape[:2] != (side, side):
                 raise UserError(f"{file} has {array.shape[1]}x{array.shape[0]} pixels, not {side}x{side}; see --size")
         images = np.stack([np.broadcast_to(array, (side, side, channels)) for array in arrays])
-        save({"images": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()}, cache)
-    images = load(cache, "images")["images"].split([len(part.samples) for part in parts])
-    return Dataset(name, classes, *((i.clone(), torch.tensor(part.targets)) for i, part in zip(images, parts)))
+        save({"images": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()}, path)
+    images = load(path, "images")["images"].clone().split([len(train), len(test)])
+    labels = (torch.tensor([classes.index(c) for _, c in part]) for part in (train, test))
+    return Dataset(name, classes, *zip(images, labels))
 
 def make_shapes(train: int = 200, test: int = 50, size: int = 32, seed: int = 0) -> Dataset:
     """Ten procedural classes of shapes and textures, `train` and `test` images of each, without any download.
@@ -306,7 +366,6 @@ class Normalisation:
 # Differentiable Siamese augmentation (DSA), script A in Eq. (2); Zhao, Bilen, ICML 2021 [47]
 # Each function takes (N, C, H, W); every image draws its own parameters. "Siamese", the same draws for real
 # and distilled images, matters where their gradients are matched; here they are never augmented together.
-
 def uniform(x: Tensor, low: float, high: float) -> Tensor:
     """One number from U(low, high) for each image of x, (N,)."""
     return torch.rand(len(x), dtype=x.dtype, device=x.device) * (high - low) + low
@@ -366,7 +425,6 @@ def augment(x: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------
 # Networks. GroupNorm with one channel a group is instance normalisation: no statistics that run along
-
 def plain_network(shape: tuple[int, int, int], classes: int, layers: list, norm: bool = True) -> nn.Module:
     """Convolutions (width, kernel), each with instance normalisation and ReLU, and halvings "avg" or "max"."""
     channels, side, _ = shape
@@ -418,7 +476,6 @@ def build(arch: str, data: Dataset, width: int = 128, depth: int = 3) -> nn.Modu
 
 # ------------------------------------------------------------------------------------------------
 # Networks as pure functions of their parameters, and what makes such functions fast
-
 def flat_parameters(net: nn.Module) -> Tensor:
     """A copy of all parameters of `net` as one vector theta, (P,)."""
     return torch.cat([p.detach().flatten() for p in net.parameters()])
@@ -494,7 +551,6 @@ def tune(device: torch.device) -> None:
 
 # ------------------------------------------------------------------------------------------------
 # Training on a set of images: teachers, and the networks of the evaluation
-
 def minibatches(n: int, batch: int, J: int, device) -> Tensor:
     """Indices of J mini-batches, (J, batch), batch <= n: every pass over the n images is a fresh permutation, cut into
     batches; an incomplete last one is filled up with the first images of the pass."""
@@ -539,15 +595,19 @@ def train_network(ell, theta: Tensor, x: Tensor, y: Tensor, epochs: int, lr: flo
     return theta.detach()
 
 @torch.no_grad()
-def accuracy(net: nn.Module, theta: Tensor, x: Tensor, y: Tensor) -> float:
-    """Share of x that `net` with the parameters theta classifies rightly, in per cent."""
+def confusion_matrix(net: nn.Module, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """How many of the images x of each class, a row, `net` with parameters theta takes for each class, a column."""
     predict = functional(net)
-    hits = sum((predict(theta, a).argmax(1) == b).sum() for a, b in zip(x.split(1000), y.split(1000)))
-    return 100 * hits.item() / len(x)
+    scores = torch.cat([predict(theta, part) for part in x.split(500)])
+    n = scores.shape[1]
+    return torch.bincount(n * y + scores.argmax(1), minlength=n * n).view(n, n)
+
+def accuracy(confusion: Tensor) -> float:
+    """Share of the images that are classified rightly, in per cent."""
+    return 100 * (confusion.trace() / confusion.sum()).item()
 
 # ------------------------------------------------------------------------------------------------
 # IADD: Section 3, Algorithm 1
-
 def student_step(net: nn.Module, compile=plain):
     """One step of Eq. (2), step(theta, alpha, x, y) = theta - alpha grad ell, differentiable in theta, alpha and x.
 
@@ -573,9 +633,30 @@ def student_step(net: nn.Module, compile=plain):
             return *fast_back(v, *ctx.saved_tensors), None  # nothing for y
     return StudentStep.apply
 
+def student_batches(images: Tensor, labels: Tensor, batch: int, J: int) -> tuple[Tensor, Tensor]:
+    """J augmented mini-batches, (J, batch, C, H, W) and (J, batch), differentiable in images (N, C, H, W): line 7, Eq. (1).
+    The images stay as they are for an iteration, so that all can be made at once."""
+    index = minibatches(len(images), batch, J, images.device)
+    x = images.index_select(0, index.flatten())  # on a CPU images[index] would add its gradients in any order
+    return augment(x.view(J, batch, *images.shape[1:])), labels[index]
+
+def unroll(step, theta: Tensor, alpha: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The student's parameters (P,) after a step on each of the mini-batches x (J, batch, C, H, W), y (J, batch)."""
+    for x_j, y_j in zip(x, y):                                                            # lines 6, 10
+        theta = step(theta, alpha, x_j, y_j)                                              # lines 8-9, Eq. (2)
+    return theta
+
 def iadd_loss(theta: Tensor, theta_start: Tensor, theta_target: Tensor, W: Tensor) -> Tensor:
     """Eq. (9) with (7) and (8): ||W theta - W theta_target||^2 / ||theta_start - theta_target||^2, all (P,)."""
     return (W * (theta - theta_target)).square().sum() / (theta_start - theta_target).square().sum()
+
+def weigh(method: str, W: Tensor, d: Tensor, epsilon: float = 0.1) -> Tensor:
+    """The weights (P,) of the mismatch d = theta - theta_target (P,): what distinguishes the methods. IADD's are learned,
+    MTT's [51] are 1, and DDPP [54] drops the share epsilon of the parameters that the student has missed by most."""
+    if method == "ddpp":
+        with torch.no_grad():
+            W.copy_(d.abs() <= d.abs().kthvalue(max(1, round((1 - epsilon) * len(d)))).values)
+    return W if method == "iadd" else W.detach()
 
 def random_segments(teachers: list[Tensor], K: int, max_start: int, T: int):
     """Yields theta_i and theta_{i+K} of a random teacher, i uniform in [0, max_start), T times (line 4). Each pair is
@@ -591,45 +672,55 @@ def random_segments(teachers: list[Tensor], K: int, max_start: int, T: int):
         yield upcoming.result()
 
 def iadd(step, images: Tensor, labels: Tensor, alpha: Tensor, W: Tensor, teachers: list[Tensor], *, T: int, J: int,
-         K: int, max_start: int, batch: int, lr_img: float, lr_alpha: float, lr_w: float, record=plain):
+         K: int, max_start: int, batch: int, lr_img: float, lr_alpha: float, lr_w: float, method: str = "iadd",
+         epsilon: float = 0.1, normalize_w: bool = False, record=plain):
     """Algorithm 1. Updates images (N, C, H, W), alpha () and W (P,) in place; yields the loss, a tensor (), T times.
-    step: of `student_step`. teachers: (epochs + 1, P) each. Eq. (10)-(12) carry the index j, but Algorithm 1 updates
-    once an iteration. With W.requires_grad == False the weights stay as they are: W = 1 is MTT."""
-    @record
-    def student(theta, alpha, x, y):                              # (P,), (), (J, batch, C, H, W), (J, batch) -> (P,)
-        for x_j, y_j in zip(x, y):                                                        # lines 6, 10
-            theta = step(theta, alpha, x_j, y_j)                                          # lines 8-9, Eq. (2)
-        return theta
-
+    step: of `student_step`. teachers: (epochs + 1, P) each. method, epsilon: of `weigh`. Eq. (10)-(12) carry the index
+    j, but Algorithm 1 updates once an iteration. normalize_w (not in the paper): W keeps a root mean square of 1."""
+    student = record(functools.partial(unroll, step))
     optimizer = torch.optim.SGD([  # paper silent on momentum: MTT's .5; W follows plain SGD (Section 4.1)
         {"params": [alpha], "lr": lr_alpha, "momentum": 0.5},                             # Eq. (10)
         {"params": [W], "lr": lr_w, "momentum": 0},                                       # Eq. (11)
         {"params": [images], "lr": lr_img, "momentum": 0.5}])                             # Eq. (12)
     for segment in random_segments(teachers, K, max_start, T):                            # lines 3-4
         theta_start, theta_target = (on_device(theta, images.device) for theta in segment)  # line 5
-        # The images stay as they are for an iteration, so that all J mini-batches can be made at once.
-        index = minibatches(len(images), batch, J, images.device)                         # line 7, Eq. (1)
-        x = images.index_select(0, index.flatten())  # on a CPU images[index] would add its gradients in any order
-        x, y = augment(x.view(J, batch, *images.shape[1:])), labels[index]                # (J, batch, C, H, W)
-        theta = student(theta_start, alpha, x, y)                                         # lines 6-10
-        loss = iadd_loss(theta, theta_start, theta_target, W)                             # lines 11-13, Eq. (9)
+        theta = student(theta_start, alpha, *student_batches(images, labels, batch, J))   # lines 6-10
+        weights = weigh(method, W, theta - theta_target, epsilon)
+        loss = iadd_loss(theta, theta_start, theta_target, weights)                       # lines 11-13, Eq. (9)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()                                                                  # line 14, Eq. (10)-(13)
+        if normalize_w:
+            W.data /= W.data.square().mean().sqrt()
         yield loss.detach()
 
-def real_images(data: Dataset, normalise: Normalisation, ipc: int) -> tuple[Tensor, Tensor]:
-    """`ipc` random training images of each class, normalised, and their labels; class after class (line 1)."""
+def real_images(data: Dataset, normalise: Normalisation, ipc: int, choose=None) -> tuple[Tensor, Tensor]:
+    """`ipc` training images of each class, normalised, and their labels; class after class.
+    choose: of a class's images, normalised, the indices of the ipc to take (default: random ones, line 1)."""
     members = [torch.nonzero(data.train[1] == c)[:, 0] for c in range(len(data.classes))]
     fewest, name = min((len(member), name) for member, name in zip(members, data.classes))
     if ipc > fewest:
         raise UserError(f"IPC {ipc} is too large: class {name} has {fewest} images")
-    index = torch.cat([member[torch.randperm(len(member))[:ipc]] for member in members])
+    index = torch.cat([member[choose(normalise(data.train[0][member])) if choose else torch.randperm(len(member))[:ipc]]
+                       for member in members])
     return normalise(data.train[0][index]), data.train[1][index].to(normalise.mean.device)
+
+@torch.no_grad()
+def herding(net: nn.Sequential, theta: Tensor, x: Tensor, ipc: int) -> Tensor:
+    """The baseline Herding [83] of Table 1: indices (ipc,) of the images among x (N, C, H, W) whose mean comes nearest
+    to the mean of all, chosen greedily by what the layers of a trained ConvNet before its last one say of them."""
+    nn.utils.vector_to_parameters(theta, net.parameters())
+    features = torch.cat([net[:-1](part) for part in x.split(500)])  # (N, features)
+    mean, total, chosen = features.mean(0), torch.zeros_like(features[0]), []
+    for n in range(1, ipc + 1):
+        distance = (mean - (total + features) / n).norm(dim=1)
+        distance[chosen] = math.inf
+        chosen.append(distance.argmin().item())
+        total += features[chosen[-1]]
+    return torch.tensor(chosen)
 
 # ------------------------------------------------------------------------------------------------
 # The three commands
-
 def prepare(args: argparse.Namespace, preset_ipc: int) -> tuple[Dataset, dict, Path, Path]:
     """Fills in what the user did not type, from every column of the preset, and loads the data.
     Returns it, the settings that teachers and students must share, and the folders of teachers and of the result."""
@@ -638,7 +729,7 @@ def prepare(args: argparse.Namespace, preset_ipc: int) -> tuple[Dataset, dict, P
     for key, value in preset(name, preset_ipc).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    data = load_dataset(args.dataset, args.data_dir, args.size)
+    data = load_dataset(args.dataset, args.data_dir, args.runs / "cache", args.size, args.classes)
     args.depth = args.depth or default_depth(data.shape[1])
     build("convnet", data, args.width, args.depth)  # says at once if the images are too small
     print(f"{data.name}: {len(data.train[0])} training and {len(data.test[0])} test images, {data.shape[1]}x"
@@ -683,16 +774,16 @@ def command_teachers(args: argparse.Namespace) -> None:
             thetas = train_teacher(ell, thetas, x, y, args.epochs, seed, args.lr_teacher, args.batch_real, bar.update)
             if not thetas.isfinite().all():
                 raise UserError(f"teacher {path.stem} diverged: lower --lr-teacher (now {args.lr_teacher:g})")
-            score = accuracy(net, thetas[-1].to(args.device), x_test, y_test)
+            score = accuracy(confusion_matrix(net, thetas[-1].to(args.device), x_test, y_test))
             save({"thetas": thetas, "settings": settings, "test_accuracy": score}, path)
             bar.set_postfix_str(f"teacher {path.stem} has {score:.1f} % test accuracy", refresh=False)
     size = sum(path.stat().st_size for path in paths) / 1e6
     print(f"{len(todo)} teachers trained in {time.time() - start:.0f} s, peak memory {peak_memory(args.device):.2f} GB;"
           f" the last has {score:.1f} % test accuracy; {len(paths)} take {size:.0f} MB of disk")
 
-def open_teachers(args: argparse.Namespace, shared: dict, folder: Path) -> list[Tensor]:
-    """The trajectories in `folder`, memory-mapped, (epochs + 1, P) each. Raises UserError if they do not fit."""
-    needed = args.max_start_epoch - 1 + args.expert_epochs
+def open_teachers(shared: dict, folder: Path, needed: int = 1) -> list[Tensor]:
+    """The trajectories in `folder`, memory-mapped, (epochs + 1, P) each. Raises UserError if they do not fit or have
+    fewer than the `needed` epochs."""
     remedy = f"run first: python iadd.py teachers --epochs {needed}, with the same options on data and network"
     teachers = []
     for path in sorted(folder.glob("*.pt")):
@@ -722,10 +813,10 @@ def command_distill(args: argparse.Namespace) -> None:
     data, shared, folder, out = prepare(args, args.ipc)
     args.batch = min(args.batch or math.inf, args.ipc * len(data.classes))
     names = ("ipc", "method", "iterations", "steps", "expert_epochs", "max_start_epoch", "batch", "lr_img", "lr_alpha",
-             "alpha", "lr_w", "seed")
+             "alpha", "lr_w", "normalize_w", "epsilon", "seed")
     settings = {**shared, **{name: getattr(args, name) for name in names}}
     print("settings:", {**settings, "device": str(args.device)})
-    teachers = open_teachers(args, shared, folder)
+    teachers = open_teachers(shared, folder, args.max_start_epoch - 1 + args.expert_epochs)
     result = out / "distilled.pt"
     if result.exists():
         old = load(result, *RESULT)
@@ -743,7 +834,7 @@ def command_distill(args: argparse.Namespace) -> None:
     alpha = torch.tensor(args.alpha, device=args.device, requires_grad=True)   # line 2
     net = build("convnet", data, args.width, args.depth).to(args.device)
     W = torch.ones(teachers[0].shape[1], dtype=torch.float64,  # float32 would round away steps below 3e-8
-                   device=args.device, requires_grad=args.method == "iadd")
+                   device=args.device, requires_grad=True)
     def checkpoint(iteration):
         tensors = {"images": images, "labels": labels, "W": W, "mean": normalise.mean, "scale": normalise.scale}
         save({**{key: value.detach().cpu() for key, value in tensors.items()}, "alpha": alpha.item(),
@@ -755,7 +846,8 @@ def command_distill(args: argparse.Namespace) -> None:
     compile, record = accelerators(net, images.detach()[:args.batch], passes, args.compile)
     losses = iadd(student_step(net, compile), images, labels, alpha, W, teachers, T=args.iterations, J=args.steps,
                   K=args.expert_epochs, max_start=args.max_start_epoch, batch=args.batch, lr_img=args.lr_img,
-                  lr_alpha=args.lr_alpha, lr_w=args.lr_w, record=record)
+                  lr_alpha=args.lr_alpha, lr_w=args.lr_w, method=args.method, epsilon=args.epsilon,
+                  normalize_w=args.normalize_w, record=record)
     start = time.time()
     with open(out / "log.csv", "w", newline="") as file, progress_bar(losses, total=args.iterations, unit="it") as bar:
         log = csv.DictWriter(file, ["iteration", "seconds", "loss", "alpha", *spread(W)])
@@ -772,64 +864,156 @@ def command_distill(args: argparse.Namespace) -> None:
                 file.flush()
             if saves:
                 checkpoint(t)
+            if args.eval_every and t % args.eval_every == 0:
+                with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
+                    evaluate(args, data, normalise, out, "distilled", lambda: (images.detach(), labels), "convnet",
+                             {"alpha": alpha.item(), "iteration": t, "settings": settings}, compile=False)
     print(f"{args.iterations} iterations in {time.time() - start:.0f} s, peak memory {peak_memory(args.device):.2f} GB;"
           f" loss {loss:.4f}, alpha {args.alpha:g} -> {alpha.item():.5f}; {result}")
 
-def command_eval(args: argparse.Namespace) -> None:
-    """Train fresh networks on the distilled images and test them on real ones."""
-    content = load(args.distilled, *RESULT) if args.distilled else None
+def evaluate(args: argparse.Namespace, data: Dataset, normalise: Normalisation, out: Path, on: str, source, arch: str,
+             result: dict, compile: bool | None = None) -> None:
+    """Train args.nets fresh networks, each on what `source()` returns, images and labels, and test them on the real test
+    set. Prints a row and appends it to out/results.jsonl. result: of distilled images alpha, settings and iteration."""
+    epochs = args.eval_epochs or (args.epochs if on == "full" else 1000)
+    lr = args.lr or result.get("alpha", args.lr_teacher)
+    net, x = build(arch, data, args.width, args.depth).to(args.device), source()[0]
+    x_test, y_test = normalise(data.test[0]), data.test[1].to(args.device)
+    batch = min(args.batch_real, len(x))
+    steps = args.nets * epochs * math.ceil(len(x) / batch)
+    compile, record = accelerators(net, x[:batch], 3 * steps, compile)
+    ell, start, matrices = record(compile(flat_loss(net))), time.time(), []
+    with progress_bar(total=steps, desc=f"{arch} on {on}", unit="step", leave=False) as bar:
+        for k in range(args.nets):
+            seed_all(args.seed, "eval", on, arch, k)
+            theta = flat_parameters(build(arch, data, args.width, args.depth))
+            theta = train_network(ell, theta, *source(), epochs, lr, batch, bar.update)
+            matrices.append(confusion_matrix(net, theta, x_test, y_test).cpu())
+    scores, seconds, total = [accuracy(m) for m in matrices], round(time.time() - start, 1), sum(matrices)
+    mean, std = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
+    tqdm.write(f"{on:<12}{arch:<10}{f'{mean:.1f} ± {std:.1f} %':>14}{args.nets:>10}{epochs:>8}{lr:>10.5f}{seconds:>9.0f}"
+               + (f"  at iteration {result['iteration']}" if result else ""))
+    row = {"on": on, "arch": arch, "mean": mean, "std": std, "accuracies": scores, "epochs": epochs, "lr": lr,
+           "dataset": data.name, "ipc": args.ipc, "seed": args.seed, "seconds": seconds, **result}
+    if args.confusion or args.confusion is None and args.dataset == "covid":
+        row["confusion"] = total.tolist()
+        share = 100 * total / total.sum(1, keepdim=True)
+        print(f"  per cent of each class, a row, taken for each class; mean of the classes {share.diag().mean():.1f} %")
+        for name, shares in zip(data.classes, share.tolist()):
+            print(f"  {name:<16}" + "".join(f"{value:7.1f}" for value in shares))
+    with open(out / "results.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+def open_result(args: argparse.Namespace) -> tuple[Dataset, Normalisation, dict | None, dict, Path, Path]:
+    """For eval and plot: data, normalisation, content of the distilled file; the rest of `prepare`; the file's path.
+    Without a distilled file its content is None, where that will do."""
+    given = args.command == "eval" and args.distilled
+    content = load(given, *RESULT) if given else None
     for key in ("dataset", "ipc", "width", "depth", "zca"):  # a file from elsewhere brings its own settings
         if content and (getattr(args, key) is None or key == "ipc"):
             setattr(args, key, content["settings"].get(key))
     args.ipc = args.ipc or 1
     data, shared, folder, out = prepare(args, args.ipc)
-    path = args.distilled or out / "distilled.pt"
-    if path.exists():
-        content = content or load(path, *RESULT)
-        if content["classes"] != data.classes or tuple(content["images"].shape[1:]) != data.shape:
-            raise UserError(f"{path} was distilled from other classes or image sizes than {data.name} has")
-        if not args.distilled and (wrong := differences(content["settings"], shared)):
-            raise UserError(f"{path} does not belong to this dataset: it has {wrong}")
-        normalise = Normalisation(content["mean"].to(args.device), content["scale"].to(args.device))
-    elif "distilled" in args.on:
-        raise UserError(f"{path} does not exist; run first: python iadd.py distill, with the same options")
-    else:
-        normalise = Normalisation.fit(data.train[0], args.zca, args.device)
+    path = given or out / "distilled.pt"
+    if not path.exists():
+        if args.command == "plot" or "distilled" in args.on:
+            raise UserError(f"{path} does not exist; run first: python iadd.py distill, with the same options")
+        return data, Normalisation.fit(data.train[0], args.zca, args.device), None, shared, folder, path
+    content = content or load(path, *RESULT)
+    if content["classes"] != data.classes or tuple(content["images"].shape[1:]) != data.shape:
+        raise UserError(f"{path} was distilled from other classes or image sizes than {data.name} has")
+    if not given and (wrong := differences(content["settings"], shared)):
+        raise UserError(f"{path} does not belong to this dataset: it has {wrong}")
+    normalise = Normalisation(content["mean"].to(args.device), content["scale"].to(args.device))
+    return data, normalise, content, shared, folder, path
+
+def command_eval(args: argparse.Namespace) -> None:
+    """Train fresh networks on the distilled images and test them on real ones."""
+    data, normalise, content, shared, folder, path = open_result(args)
+    def herded():
+        theta = open_teachers(shared, folder)[0][-1].to(args.device)  # the first teacher, fully trained
+        net = build("convnet", data, args.width, args.depth).to(args.device)
+        return real_images(data, normalise, args.ipc, lambda x: herding(net, theta, x, args.ipc))
     sources = {"distilled": lambda: (content["images"].to(args.device), content["labels"].to(args.device)),
                "random": lambda: real_images(data, normalise, args.ipc),  # drawn anew for each network
+               "herding": functools.cache(herded),
                "full": functools.cache(lambda: (normalise(data.train[0]), data.train[1].to(args.device)))}
-    x_test, y_test = normalise(data.test[0]), data.test[1].to(args.device)
     for arch, on in itertools.product(args.arch, args.on):  # whatever is wrong shows before hours of training
         build(arch, data, args.width, args.depth), sources[on]()
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"\n{data.name}, IPC {args.ipc}: test accuracy after the last epoch, mean ± standard deviation\n"
           f"{'trained on':<12}{'network':<10}{'accuracy':>14}{'networks':>10}{'epochs':>8}{'lr':>10}{'seconds':>9}")
     for on, arch in itertools.product(args.on, args.arch):
-        epochs = args.eval_epochs or (args.epochs if on == "full" else 1000)
-        lr = args.lr or (content["alpha"] if on == "distilled" else args.lr_teacher)
-        net, x = build(arch, data, args.width, args.depth).to(args.device), sources[on]()[0]
-        batch = min(args.batch_real, len(x))
-        steps = args.nets * epochs * math.ceil(len(x) / batch)
-        compile, record = accelerators(net, x[:batch], 3 * steps, args.compile)
-        ell, start, scores = record(compile(flat_loss(net))), time.time(), []
-        with progress_bar(total=steps, desc=f"{arch} on {on}", unit="step", leave=False) as bar:
-            for k in range(args.nets):
-                seed_all(args.seed, "eval", on, arch, k)
-                theta = flat_parameters(build(arch, data, args.width, args.depth))
-                theta = train_network(ell, theta, *sources[on](), epochs, lr, batch, bar.update)
-                scores.append(accuracy(net, theta, x_test, y_test))
-        mean, std = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
-        seconds, score = round(time.time() - start, 1), f"{mean:.1f} ± {std:.1f} %"
-        print(f"{on:<12}{arch:<10}{score:>14}{args.nets:>10}{epochs:>8}{lr:>10.5f}{seconds:>9.0f}")
-        row = {"on": on, "arch": arch, "mean": mean, "std": std, "accuracies": scores, "epochs": epochs, "lr": lr,
-               "dataset": data.name, "ipc": args.ipc, "seed": args.seed, "seconds": seconds,
-               **({"iteration": content["iteration"], "settings": content["settings"]} if on == "distilled" else {})}
-        with open(path.parent / "results.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        result = {key: content[key] for key in ("alpha", "iteration", "settings")} if on == "distilled" else {}
+        evaluate(args, data, normalise, path.parent, on, sources[on], arch, result, args.compile)
+
+# ------------------------------------------------------------------------------------------------
+# Figures
+def command_plot(args: argparse.Namespace) -> None:
+    """Draw the distilled images, the course of the distillation, and the weights W beside what they weigh."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError(f"figures need matplotlib: pip install matplotlib ({error})") from None
+    matplotlib.use("Agg")  # draws files, no windows
+    import matplotlib.pyplot as plt
+    data, normalise, content, shared, folder, path = open_result(args)
+    settings, ipc, W = content["settings"], content["settings"]["ipc"], content["W"]
+    images, labels, alpha = (torch.as_tensor(content[key], device=args.device) for key in ("images", "labels", "alpha"))
+    def finish(figure, name):
+        figure.savefig(path.with_name(f"plot_{name}.png"), dpi=130, bbox_inches="tight")
+        print(path.with_name(f"plot_{name}.png"))
+
+    seed_all(args.seed, "plot")  # Fig. 4, 5 and 8
+    real = real_images(data, normalise, ipc)[0]
+    order = [k for k in range(len(images)) if k % ipc < 10][:100]  # a part of them, if there are many
+    columns = min(ipc, 10) if ipc > 1 else min(len(order), 5 if len(order) <= 20 else 10)
+    rows = math.ceil(len(order) / columns)
+    figure, axes = plt.subplots(rows, 2 * columns + 1, figsize=(2 * columns + 1, 1.2 * rows), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for left, x in ((0, real), (columns + 1, images)):
+        for k, pixels in enumerate(normalise.inverse(x[order]).clamp(0, 1).expand(-1, 3, -1, -1).cpu()):
+            axes[k // columns, left + k % columns].imshow(pixels.permute(1, 2, 0))
+            axes[k // columns, left + k % columns].set_title(data.classes[labels[order[k]]][:16], fontsize=7, pad=2)
+    figure.suptitle(f"{data.name}: real images, and {len(order)} of the {len(images)} distilled ones")
+    finish(figure, "images")
+
+    with open(path.with_name("log.csv")) as log, open(path.with_name("results.jsonl"), "a+") as results:
+        log = list(csv.DictReader(log))
+        results.seek(0)
+        tests = [row for row in map(json.loads, results) if row["on"] == "distilled" and row["settings"] == settings]
+    figure, axes = plt.subplots(1, 4, figsize=(18, 4))
+    for ax, keys in zip(axes, (["loss"], ["alpha"], list(spread(W)))):
+        for key in keys:
+            ax.plot([int(row["iteration"]) for row in log], [float(row[key]) for row in log], label=key)
+    for arch in ARCHITECTURES:
+        if last := {row["iteration"]: row for row in tests if row["arch"] == arch}:
+            points = [[last[t][key] for t in sorted(last)] for key in ("iteration", "mean", "std")]
+            axes[3].errorbar(*points, marker="o", capsize=3, label=f"test accuracy of {arch}, %")
+    for ax in axes:
+        ax.set_xlabel("iteration")
+        ax.legend(*ax.get_legend_handles_labels())
+    finish(figure, "curves")
+
+    K, J, max_start, batch = (settings[key] for key in ("expert_epochs", "steps", "max_start_epoch", "batch"))
+    teachers, net = open_teachers(shared, folder, max_start - 1 + K), build("convnet", data, args.width, args.depth)
+    step, misses = student_step(net.to(args.device)), []
+    for segment in random_segments(teachers, K, max_start, T=10):
+        start, target = (on_device(theta, args.device) for theta in segment)
+        misses.append((unroll(step, start, alpha, *student_batches(images, labels, batch, J)) - target).abs().cpu())
+    figure, axes = plt.subplots(1, 2, figsize=(18, 4))  # Fig. 1, 6 and 7
+    for ax, title, values in ((axes[0], "|student - teacher|, mean of 10 students", torch.stack(misses).mean(0)),
+                              (axes[1], "importance weight W", W)):
+        ax.plot(values, linewidth=0.3)
+        ax.set(title=title, xlabel="parameter; dotted: where the layers begin")
+        for layer, end in zip(net.parameters(), itertools.accumulate(p.numel() for p in net.parameters())):
+            if layer.dim() > 1:  # the weights of a layer; its biases and its normalisation are slivers
+                ax.axvline(end - layer.numel(), color="black", linestyle=":")
+    finish(figure, "weights")
 
 # ------------------------------------------------------------------------------------------------
 # Bench: the runtime analysis of Section 4.2, and the rest of the method, on random data
-
 def unrolled_step(net: nn.Module):
     """The step of Eq. (2) the obvious way, which is MTT's: the graph of all J steps is kept."""
     ell = flat_loss(net)
@@ -846,20 +1030,18 @@ def median_seconds(runs, device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter())
-    seconds = [after - before for before, after in itertools.pairwise(times)]
-    return statistics.median(seconds[1:] or seconds)
+    return statistics.median([after - before for before, after in itertools.pairwise(times)][len(times) > 2:])
 
-def measure(ours: bool, task: str, n: int, batch: int, steps: int, width: int, device: torch.device, compiling: bool,
+def measure(ours: bool, task: str, batch: int, steps: int, width: int, device: torch.device, compiling: bool,
             repeats: int) -> tuple[float, float, float]:
     """Seconds a step (median), its floating-point operations, and peak memory in GB, of one task done in one way.
-    task: "distil", an iteration of Algorithm 1 with `steps` student steps on n images, or "train", as many steps."""
+    task: "distil", an iteration of Algorithm 1 with `steps` student steps of `batch` images, or "train", as many steps."""
     if ours:
         tune(device)
-    net = convnet((3, 32, 32), 10, width).to(device)
+    n = batch if task == "distil" else batch * steps
+    net, x = convnet((3, 32, 32), 10, width).to(device), torch.randn(n, 3, 32, 32, device=device)
     theta, y = flat_parameters(net), torch.arange(n, device=device) % 10
-    x = torch.randn(n, 3, 32, 32, device=device)
     compile, record = accelerators(net, x[:batch], math.inf, compiling and ours)
-    flops = forward_flops(net, x[:batch]) * (12 if task == "distil" else 3)
     if task == "distil":
         step = student_step(net, compile) if ours else unrolled_step(net)
         teacher = torch.stack([theta, theta + 0.01 * torch.randn_like(theta)]).cpu()
@@ -868,7 +1050,8 @@ def measure(ours: bool, task: str, n: int, batch: int, steps: int, width: int, d
                     batch=batch, lr_img=1, lr_alpha=1e-7, lr_w=1e-4, record=record)
     else:
         ell, optimizer = record(compile(flat_loss(net))), torch.optim.SGD([theta.requires_grad_()], 0.01, momentum=0.9)
-        runs = (train(ell, theta, optimizer, x, y, steps * batch // n, batch) for _ in range(repeats + 1))
+        runs = (train(ell, theta, optimizer, x, y, 1, batch) for _ in range(repeats + 1))
+    flops = forward_flops(net, x[:batch].detach()) * (12 if task == "distil" else 3)
     return median_seconds(runs, device) / steps, flops, peak_memory(device)
 
 def measure_alone(*arguments) -> tuple[float, float, float]:
@@ -889,21 +1072,21 @@ def command_bench(args: argparse.Namespace) -> None:
           f"{torch.__version__}, ConvNetD3 of width {width}; torch.mm of side {len(a)}: {rate / 1e12:.2f} TFLOP/s\n\n"
           f"{'milliseconds a step':<22}{'obvious way':>12}{'here':>10}{'faster':>8}{'of mm':>7}  peak memory -> here")
     J, settings = 5 if args.quick else 50 if gpu else 8, (width, args.device, args.compile is not False)
-    for name, case, count, what in [
-            ("distil, batch 10", ("distil", 10, 10, J), 500, "10 iterations of 50 steps"),
-            ("distil, batch 100", ("distil", 100, 100, J), 500, "10 iterations of 50 steps"),
-            ("teachers, batch 256", ("train", 256 * J, 256, J), 196, "an epoch of CIFAR-10"),
-            ("evaluation, batch 10", ("train", 10, 10, 20 * J), 5000, "five networks, 1000 epochs")]:
-        (slow, _, before), (fast, flops, after) = (measure_alone(f, *case, *settings, repeats) for f in (False, True))
-        print(f"{name:<22}{1000 * slow:>12.2f}{1000 * fast:>10.2f}{slow / fast:>7.2f}x{flops / fast / rate:>7.0%}"
-              f"{before:>7.2f} -> {after:>4.2f} GB  {what}: {count * fast:.2f} s", flush=True)
+    for name, task, batch, steps, count, what in [
+            ("distil", "distil", 10, J, 500, "10 iterations of 50 steps"),
+            ("distil", "distil", 100, J, 500, "10 iterations of 50 steps"),
+            ("teachers", "train", 256, J, 196, "an epoch of CIFAR-10"),
+            ("evaluation", "train", 10, 20 * J, 5000, "five networks, 1000 epochs")]:
+        (slow, _, before), (fast, flops, after) = (
+            measure_alone(ours, task, batch, steps, *settings, repeats) for ours in (False, True))
+        print(f"{f'{name}, batch {batch}':<22}{1000 * slow:>12.2f}{1000 * fast:>10.2f}{slow / fast:>7.2f}x"
+              f"{flops / fast / rate:>7.0%}{before:>7.2f} -> {after:>4.2f} GB  {what}: {count * fast:.2f} s", flush=True)
     for batch in (10,) if args.quick else (10, 100):
-        few, many = (measure_alone(True, "distil", batch, batch, J, *settings, 0)[2] for J in (5, 50))
+        few, many = (measure_alone(True, "distil", batch, J, *settings, 0)[2] for J in (5, 50))
         print(f"peak memory at batch {batch}: J = 5 {few:.2f} GB, J = 50 {many:.2f} GB ({many / few - 1:+.0%})")
 
 # ------------------------------------------------------------------------------------------------
 # Command line
-
 def at_least(low: float, kind: type = int, strict: bool = False):
     """An argparse type: a number from `low` (above it, if strict) to a thousand million."""
     def number(text):  # the name shows in argparse's message
@@ -917,26 +1100,34 @@ def make_parser() -> argparse.ArgumentParser:
     whole, above_zero, zero_up = at_least(1), at_least(0, float, strict=True), at_least(0, float)
     form, switch = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{teachers,distill,eval,bench}")
-    machine, data, result = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{teachers,distill,eval,plot,bench}")
+    machine, data, result, evaluation = (argparse.ArgumentParser(add_help=False) for _ in range(4))
     add = machine.add_argument_group("machine and network").add_argument
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     add("--compile", action=switch, help="torch.compile; --no-compile: plain PyTorch (default: if the run is long)")
     add("--width", type=whole, help="channels of each convolution of the ConvNet (default: preset, 128 in the paper)")
     add = data.add_argument_group("data and files").add_argument
-    add("--dataset", help="cifar10, cifar100, shapes, or a folder of {train,test}/<class>/* images (default: cifar10)")
+    add("--dataset", help="cifar10, cifar100, tinyimagenet, covid, shapes, or a folder of {train,test}/<class>/* images "
+        "(default: cifar10)")
+    add("--classes", nargs="+", default=(), help="the classes to use, of image files (default: all)")
     add("--preset", choices=[name for name, in parse_table(TRAINING, 1)],
         help="whose settings hold where none are given (default: the dataset's own, for a folder cifar10's)")
-    add("--data-dir", type=Path, default=Path("data"), help="downloads and caches (default: data)")
-    add("--runs", type=Path, default=Path("runs"), help="where results are written (default: runs)")
-    add("--size", type=whole, help="side in pixels that a folder's images are resized to (default: as they are)")
+    add("--data-dir", type=Path, default=Path("data"), help="folder or archive of the data, downloads (default: data)")
+    add("--runs", type=Path, default=Path("runs"), help="where everything else is written (default: runs)")
+    add("--size", type=whole, help="side in pixels that image files are resized to (default: covid 112, others as they are)")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
     add("--depth", type=whole, help="convolution blocks (default: by image size: 3 for 32 pixels, 4 for 64, 5 for 112)")
     add("--zca", action=switch, help="whiten by ZCA, or normalise each channel (default: preset)")
     add = result.add_argument_group("which result").add_argument
     add("--ipc", type=whole, help="distilled images per class (default: 1)")
-    add("--method", choices=["iadd", "mtt"], default="iadd", help="mtt keeps the weights W at 1 (default: iadd)")
+    add("--method", choices=["iadd", "mtt", "ddpp"], default="iadd",
+        help="mtt keeps the weights W at 1, ddpp drops what is hardest to match (default: iadd)")
     add("--name", help="its folder (default: ipc<IPC>_<method>_seed<seed>)")
+    add = evaluation.add_argument_group("evaluation").add_argument
+    add("--nets", type=whole, default=5, help="networks of each kind, differently initialised (default: 5)")
+    add("--eval-epochs", type=whole, help="epochs of training (default: 1000; on the full set the preset's 50)")
+    add("--lr", type=above_zero, help="learning rate (default: the learned alpha; on real images the teachers')")
+    add("--confusion", action=switch, help="which class is taken for which (default: for covid)")
 
     def command(name, function, *parents):
         presets = f"presets (default < preset < what is typed):\n{TRAINING}{MATCHING}" if data in parents else ""
@@ -950,7 +1141,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ipc", type=whole, help="train only the epochs that distill with this IPC reads (default: all)")
     add("--lr-teacher", type=above_zero, help="learning rate, plain SGD (default: preset, .01)")
     add("--batch-real", type=whole, help="images a step (default: preset, 256)")
-    add = command("distill", command_distill, data, machine, result)
+    add = command("distill", command_distill, data, machine, result, evaluation)
     add("--iterations", type=whole, help="T, distillation iterations (default: preset, 5000 in the paper)")
     add("--steps", type=whole, help="J, student steps an iteration (default: preset)")
     add("--expert-epochs", type=whole, help="K, teacher epochs from start to target (default: preset)")
@@ -960,16 +1151,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr-alpha", type=zero_up, help="learning rate of alpha (default: preset)")
     add("--alpha", type=above_zero, help="alpha_0, the student's first learning rate (default: preset)")
     add("--lr-w", type=zero_up, default=1e-4, help="learning rate of the weights W (default: 1e-4, Section 4.1)")
+    add("--normalize-w", action="store_true", help="keep W at a root mean square of 1 (beyond the paper)")
+    add("--epsilon", type=zero_up, default=0.1, help="ddpp: share of the parameters that is dropped (default: 0.1)")
     add("--checkpoint-every", type=whole, default=500, help="iterations between checkpoints (default: 500)")
+    add("--eval-every", type=whole, help="iterations between evaluations, each like `eval` (default: none)")
     add("--restart", action="store_true", help="begin anew, the result that is there becomes distilled.old.pt")
-    add = command("eval", command_eval, data, machine, result)
+    add = command("eval", command_eval, data, machine, result, evaluation)
     add("--distilled", type=Path, metavar="FILE", help="a distilled file from elsewhere (default: the one in --runs)")
-    add("--on", nargs="+", choices=["distilled", "random", "full"], default=["distilled"],
-        help="distilled images, as many random real ones, all training images (default: distilled)")
+    add("--on", nargs="+", choices=["distilled", "random", "herding", "full"], default=["distilled"],
+        help="distilled images, as many real ones, random or by herding, or all (default: distilled)")
     add("--arch", nargs="+", choices=ARCHITECTURES, default=["convnet"], help="networks to train (default: convnet)")
-    add("--nets", type=whole, default=5, help="networks of each kind, differently initialised (default: 5)")
-    add("--eval-epochs", type=whole, help="epochs of training (default: 1000; on the full set the preset's 50)")
-    add("--lr", type=above_zero, help="learning rate (default: the learned alpha; on real images the teachers')")
+    command("plot", command_plot, data, machine, result)
     add = command("bench", command_bench, machine)
     add("--quick", action="store_true", help="width 32 and few repetitions: two to three minutes")
     return parser
