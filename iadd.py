@@ -226,6 +226,8 @@ def find_root(data_dir: Path, inside: list[str], name: str, layout: str, page: s
 def list_folder(root: Path) -> tuple[list, list, list]:
     """train/<class>/* and test/<class>/*."""
     train, test = ([(f, f.parent.name) for f in image_files(root / part, "*/*")] for part in ("train", "test"))
+    if not (train and test):
+        raise UserError(f"{root} needs images in {root}/train/<class>/ and in {root}/test/<class>/")
     return sorted({c for _, c in train + test}), train, test
 
 def list_tiny_imagenet(data_dir: Path) -> tuple[list, list, list]:
@@ -279,8 +281,8 @@ def read_dataset(name: str, listing: tuple[list, list, list], only: list[str], c
     train, test = ([(file, c) for file, c in part if c in classes] for part in parts)
     lacking = set(classes) - ({c for _, c in train} & {c for _, c in test})
     if lacking or len(classes) < 2:
-        raise UserError(f"{name} needs two or more classes, each with images for training and for testing, in a folder "
-                        f"train/<class>/*.png and test/<class>/*.png; not so: {', '.join(sorted(lacking or classes))}")
+        raise UserError(f"{name} needs two or more classes, each with training and with test images; look at "
+                        f"{', '.join(sorted(lacking or classes))}")
     files = [file for file, _ in train + test]
     stamps = [(str(f.resolve()), s.st_size, s.st_mtime_ns) for f in files for s in [f.stat()]]
     path = cache / f"{name}-{checksum({'size': size, 'mode': mode, 'files': stamps})}.pt"
@@ -969,21 +971,21 @@ def command_plot(args: argparse.Namespace) -> None:
     order = [k for k in range(len(images)) if k % ipc < 10][:100]  # a part of them, if there are many
     columns = min(ipc, 10) if ipc > 1 else min(len(order), 5 if len(order) <= 20 else 10)
     rows = math.ceil(len(order) / columns)
-    figure, axes = plt.subplots(rows, 2 * columns + 1, figsize=(2 * columns + 1, 1.2 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, 2 * columns + 1, figsize=(1.2 * (2 * columns + 1), 1.5 * rows), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for left, x in ((0, real), (columns + 1, images)):
         for k, pixels in enumerate(normalise.inverse(x[order]).clamp(0, 1).expand(-1, 3, -1, -1).cpu()):
-            axes[k // columns, left + k % columns].imshow(pixels.permute(1, 2, 0))
+            axes[k // columns, left + k % columns].imshow(pixels.permute(1, 2, 0).numpy())
             axes[k // columns, left + k % columns].set_title(data.classes[labels[order[k]]][:16], fontsize=7, pad=2)
-    figure.suptitle(f"{data.name}: real images, and {len(order)} of the {len(images)} distilled ones")
+    figure.suptitle(f"{data.name}: real images on the left; on the right {len(order)} of the {len(images)} distilled ones")
     finish(figure, "images")
 
     with open(path.with_name("log.csv")) as log, open(path.with_name("results.jsonl"), "a+") as results:
         log = list(csv.DictReader(log))
         results.seek(0)
         tests = [row for row in map(json.loads, results) if row["on"] == "distilled" and row["settings"] == settings]
-    figure, axes = plt.subplots(1, 4, figsize=(18, 4))
+    figure, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
     for ax, keys in zip(axes, (["loss"], ["alpha"], list(spread(W)))):
         for key in keys:
             ax.plot([int(row["iteration"]) for row in log], [float(row[key]) for row in log], label=key)
@@ -1002,10 +1004,10 @@ def command_plot(args: argparse.Namespace) -> None:
     for segment in random_segments(teachers, K, max_start, T=10):
         start, target = (on_device(theta, args.device) for theta in segment)
         misses.append((unroll(step, start, alpha, *student_batches(images, labels, batch, J)) - target).abs().cpu())
-    figure, axes = plt.subplots(1, 2, figsize=(18, 4))  # Fig. 1, 6 and 7
+    figure, axes = plt.subplots(1, 2, figsize=(18, 4), layout="constrained")  # Fig. 1, 6 and 7
     for ax, title, values in ((axes[0], "|student - teacher|, mean of 10 students", torch.stack(misses).mean(0)),
                               (axes[1], "importance weight W", W)):
-        ax.plot(values, linewidth=0.3)
+        ax.plot(values.numpy(), linewidth=0.3)
         ax.set(title=title, xlabel="parameter; dotted: where the layers begin")
         for layer, end in zip(net.parameters(), itertools.accumulate(p.numel() for p in net.parameters())):
             if layer.dim() > 1:  # the weights of a layer; its biases and its normalisation are slivers

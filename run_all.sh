@@ -2,7 +2,9 @@
 # ./run_all.sh                  the whole method on the built-in dataset `shapes`, on a CPU in about three minutes
 # ./run_all.sh test             the tests
 # ./run_all.sh DATASET [IPC]    the real thing: teachers, distill and eval with the paper's settings (IPC 1)
-# Further options go to all three steps, for example: ./run_all.sh cifar10 1 --runs /big/disk
+# ./run_all.sh paper            the commands of the paper's tables; those that have been run are marked
+# ./run_all.sh paper CELL ...   runs those of a table, a column or a cell, such as table1/cifar10/ipc1 or table4/iadd
+# Further options go to every step (after -- for the paper): ./run_all.sh paper table4 -- --data-dir covid.zip
 # Everything is installed into .venv; PYTHON=python3.12 ./run_all.sh chooses the interpreter that makes it.
 set -euo pipefail
 caller=$PWD
@@ -23,14 +25,79 @@ set_up() {
     script=$PWD/iadd.py
 }
 
+# The cells of Tables 1, 3 and 4 that we can measure, "name iadd.py's arguments", a line for each step. (Table 2
+# compares the IADD of Table 1 with numbers of others.) What exists already is not trained or distilled again.
+cells() {
+    local table setting dataset ipc method arch on
+    for setting in cifar10:1 cifar10:10 cifar10:50 cifar100:1 cifar100:10 cifar100:50 \
+        tinyimagenet:1 tinyimagenet:10 cross:10 covid:20; do
+        dataset=${setting%:*} ipc=${setting#*:} table=table1/$dataset/ipc$ipc arch=
+        case $dataset in
+            cross) table=table3 dataset=cifar10 arch=" --arch convnet alexnet vgg11 resnet18" ;;
+            covid) table=table4 ;;
+        esac
+        for method in random herding full mtt ddpp iadd; do
+            on="--dataset $dataset --ipc $ipc"
+            case $table/$method in
+                table[34]/random | table[34]/herding | table3/full | */ipc10/full | */ipc50/full) ;;
+                */random | */full) echo "$table/$method eval $on --on $method" ;;
+                */herding)
+                    echo "$table/$method teachers $on --teachers 1 --epochs 50"
+                    echo "$table/$method eval $on --on $method"
+                    ;;
+                *)
+                    echo "$table/$method teachers $on"
+                    echo "$table/$method distill $on --method $method"
+                    echo "$table/$method eval $on --method $method$arch"
+                    ;;
+            esac
+        done
+    done
+}
+
+paper() {
+    local wanted=() options=() finished=runs/paper_done.txt name arguments line
+    while [ $# -gt 0 ]; do
+        [ "$1" = -- ] && { shift; options=("$@"); break; }
+        wanted+=("$1")
+        cells | grep -qE "^$1(/| )" || { echo "run_all.sh: the paper has no cell $1, see ./run_all.sh paper" >&2; exit 2; }
+        shift
+    done
+    mkdir -p runs
+    touch "$finished"
+    while read -r name arguments <&3; do
+        line="python iadd.py $arguments${options[*]:+ ${options[*]}}"
+        if [ ${#wanted[@]} = 0 ]; then
+            printf '%-34s%s%s\n' "$name" "$line" "$(grep -qxF "$line" "$finished" && echo '  # done' || true)"
+        fi
+        for prefix in ${wanted[@]+"${wanted[@]}"}; do
+            [[ $name/ = "$prefix"/* ]] || continue
+            if grep -qxF "$line" "$finished"; then
+                echo "done already: $line"
+            else
+                echo "== $name: $line"
+                # shellcheck disable=SC2086  # the arguments are words
+                "$python" "$script" $arguments ${options[@]+"${options[@]}"}
+                echo "$line" >>"$finished"
+            fi
+            break
+        done
+    done 3< <(cells)
+}
+
 case "${1:-}" in
     -h | --help)
-        sed -n '2,6s/^# //p' run_all.sh
+        sed -n '2,8s/^# //p' run_all.sh
         ;;
     test)
         set_up
         shift
         exec "$python" -m pytest -q "$@"
+        ;;
+    paper)
+        shift
+        [ $# = 0 ] || set_up
+        paper "$@"
         ;;
     "")
         set_up

@@ -1,5 +1,6 @@
 """Tests of iadd.py: the method against plain references, the parts against what the paper and the literature
 state, and every command through the command line. Run: pytest -q"""
+import contextlib
 import csv
 import functools
 import itertools
@@ -7,9 +8,12 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import urllib.error
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +46,6 @@ def tiny_problem(dtype=torch.float64, J=4, B=3):
     return net, theta, target, x, y, alpha, W
 
 
-def unroll(step, theta, alpha, x, y):
-    for x_j, y_j in zip(x, y):
-        theta = step(theta, alpha, x_j, y_j)
-    return theta
-
-
 def same(a, b):
     """The same bits on a CPU; on CUDA some kernels add in no fixed order."""
     a, b = torch.as_tensor(a), torch.as_tensor(b)
@@ -58,7 +56,7 @@ def same(a, b):
 
 def gradients(step, theta, target, x, y, alpha, W):
     """The loss of Eq. (9) after an unroll, and its gradients in x, alpha and W."""
-    loss = iadd.iadd_loss(unroll(step, theta, alpha, x, y), theta.detach(), target, W)
+    loss = iadd.iadd_loss(iadd.unroll(step, theta, alpha, x, y), theta.detach(), target, W)
     return [loss.detach(), *torch.autograd.grad(loss, (x, alpha, W))]
 
 
@@ -79,7 +77,7 @@ def test_gradients_equal_finite_differences():
         ends = []
         for sign in (1, -1):
             x_, alpha_, W_ = (leaf + sign * 1e-6 * direction if i == k else leaf for i, leaf in enumerate(leaves))
-            ends.append(iadd.iadd_loss(unroll(step, theta, alpha_, x_, y), theta, target, W_))
+            ends.append(iadd.iadd_loss(iadd.unroll(step, theta, alpha_, x_, y), theta, target, W_))
         slope = (ends[0] - ends[1]) / 2e-6
         assert torch.allclose(slope, (gradient * direction).sum(), rtol=1e-5), k
 
@@ -102,7 +100,7 @@ def test_loss_by_hand():  # Eq. (9)
     assert W.grad.tolist() == pytest.approx([2 * 1 * 1 / 9, 0, 2 * .5 * 4 / 9])
 
 
-def run_iadd(method_mtt=False, T=3, lr_w=0.0, seed=1, **options):
+def run_iadd(T=3, lr_w=0.0, seed=1, **options):
     torch.manual_seed(seed)
     net = iadd.convnet((3, 8, 8), 3, width=4, depth=2).to(DEVICE)
     P = sum(p.numel() for p in net.parameters())
@@ -110,7 +108,7 @@ def run_iadd(method_mtt=False, T=3, lr_w=0.0, seed=1, **options):
     images = torch.randn(6, 3, 8, 8).to(DEVICE).requires_grad_()
     labels = torch.arange(3).repeat_interleave(2).to(DEVICE)
     alpha = torch.tensor(0.05, device=DEVICE, requires_grad=True)
-    W = torch.ones(P, device=DEVICE, requires_grad=not method_mtt)
+    W = torch.ones(P, dtype=torch.float64, device=DEVICE, requires_grad=True)
     losses = list(iadd.iadd(iadd.student_step(net), images, labels, alpha, W, teachers, T=T, J=3, K=2, max_start=2,
                             batch=4, lr_img=1.0, lr_alpha=1e-4, lr_w=lr_w, **options))
     return images.detach().cpu(), alpha.item(), W.detach().cpu(), losses, (net, teachers, labels)
@@ -118,7 +116,7 @@ def run_iadd(method_mtt=False, T=3, lr_w=0.0, seed=1, **options):
 
 def test_uniform_weights_are_mtt():
     """W = 1 gives the images and alpha of an independent MTT loop, to rounding."""
-    images, alpha, W, losses, (net, teachers, labels) = run_iadd(method_mtt=True)
+    images, alpha, W, losses, (net, teachers, labels) = run_iadd(method="mtt", lr_w=10.0)
     assert (W == 1).all()
     again = run_iadd(lr_w=0.0)
     assert same(images, again[0]) and same(alpha, again[1])
@@ -132,7 +130,7 @@ def test_uniform_weights_are_mtt():
     for start, target in iadd.random_segments(teachers, 2, 2, T=3):
         start, target = start.to(DEVICE), target.to(DEVICE)
         index = iadd.minibatches(6, 4, 3, DEVICE)
-        theta = unroll(iadd.unrolled_step(net), start, lr, iadd.augment(x_syn[index]), labels[index])
+        theta = iadd.unroll(iadd.unrolled_step(net), start, lr, iadd.augment(x_syn[index]), labels[index])
         total = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
         for optimizer in (optimizer_x, optimizer_lr):
             optimizer.zero_grad()
@@ -149,11 +147,41 @@ def test_weights_learn_and_only_shrink():
     assert alpha != 0.05 and len(losses) == 3
 
 
+def test_normalised_weights_keep_their_size():
+    images, alpha, W, losses, _ = run_iadd(lr_w=10.0, normalize_w=True)
+    assert W.square().mean().item() == pytest.approx(1) and W.min() < 0.99 and W.max() > 1.001
+    assert not same(images, run_iadd(lr_w=10.0)[0])
+
+
+def test_ddpp_drops_the_hardest(monkeypatch):
+    d = torch.tensor([.1, -5., .3, -.2, 0., 4., .1, .1, .2, .3])
+    W = torch.ones(10, requires_grad=True)
+    weights = iadd.weigh("ddpp", W, d, 0.2)
+    assert weights.tolist() == [1, 0, 1, 1, 1, 0, 1, 1, 1, 1] == W.tolist() and not weights.requires_grad
+    assert iadd.weigh("ddpp", W, d, 0.0).tolist() == [1] * 10  # anew at each iteration
+    assert iadd.weigh("iadd", W, d) is W
+    mtt, none, some = (run_iadd(method=m, epsilon=e, lr_w=9.0) for m, e in (("mtt", 0), ("ddpp", 0), ("ddpp", .3)))
+    assert same(mtt[0], none[0]) and not same(mtt[0], some[0])
+    assert some[2].mean().item() == pytest.approx(.7, abs=.01) and set(some[2].tolist()) == {0, 1}
+    assert all(a < b for a, b in zip(some[3], mtt[3]))
+
+
+def test_herding_by_hand():
+    class Features(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1)
+
+    net = torch.nn.Sequential(Features(), torch.nn.Linear(1, 1))
+    x = torch.tensor([0., 10., 2., 3., 100.]).view(5, 1, 1, 1)  # their mean is 23
+    # 10; with 3 the mean is 6.5 (with 100 it would be 55); with 100 37.7 (with 2 it would be 5); with 0 28.25
+    assert iadd.herding(net, torch.zeros(2), x, 4).tolist() == [1, 3, 4, 0]
+
+
 def test_unroll_keeps_no_activations():
     """What the unroll keeps for its backward pass is theta, alpha, x and y of each step, and nothing else."""
     net, theta, _, x, y, alpha, _ = tiny_problem(torch.float32, J=10)
     x = x.unbind()
-    end = unroll(iadd.student_step(net), theta, alpha, x, y)
+    end = iadd.unroll(iadd.student_step(net), theta, alpha, x, y)
     node = end.grad_fn
     for j in reversed(range(10)):
         kept = node.saved_tensors
@@ -554,7 +582,11 @@ def test_training_is_plain_sgd(shapes):
             optimizer.step()
     assert torch.allclose(theta, flat_parameters(net), atol=1e-4)
     hits = (net(x).argmax(1) == y).float().mean().item()
-    assert iadd.accuracy(net, flat_parameters(net), x, y) == pytest.approx(100 * hits)
+    confusion = iadd.confusion_matrix(net, flat_parameters(net), x, y)
+    assert iadd.accuracy(confusion) == pytest.approx(100 * hits)
+    predicted = net(x).argmax(1)
+    assert confusion.sum(1).tolist() == [20] * 10
+    assert confusion[2, 5] == ((y == 2) & (predicted == 5)).sum() and confusion.sum(0)[1] == (predicted == 1).sum()
 
 
 def test_random_streams_differ():
@@ -588,23 +620,163 @@ def test_folder(tmp_path, capsys):
     root = make_folder(tmp_path / "pets")
     (root / "train" / "cat" / ".DS_Store").write_bytes(b"x")
     Image.new("L", (32, 32), 99).save(root / "train" / "cat" / "9.png")  # a grey one among colour
-    data = iadd.load_dataset(str(root), tmp_path / "data")
+    data = iadd.load_dataset(str(root), tmp_path, tmp_path / "cache")
     assert data.name == "pets" and data.classes == ["cat", "dog", "emu"] and data.shape == (3, 32, 32)
     assert data.train[1].tolist() == [0] * 7 + [1] * 6 + [2] * 6 and len(data.test[0]) == 9
     original = torch.from_numpy(np.array(Image.open(root / "train" / "dog" / "0.png"))).permute(2, 0, 1)
     assert torch.equal(data.train[0][7], original) and (data.train[0][6] == 99).all()
     assert "reading" in capsys.readouterr().err
-    again = iadd.load_dataset(str(root), tmp_path / "data")
+    again = iadd.load_dataset(str(root), tmp_path, tmp_path / "cache")
     assert "reading" not in capsys.readouterr().err and torch.equal(again.train[0], data.train[0])
     Image.new("RGB", (32, 32), (1, 2, 3)).save(root / "train" / "dog" / "0.png")  # a changed file is noticed
-    assert iadd.load_dataset(str(root), tmp_path / "data").train[0][7, :, 0, 0].tolist() == [1, 2, 3]
-    small = iadd.load_dataset(str(root), tmp_path / "data", size=8)
+    assert iadd.load_dataset(str(root), tmp_path, tmp_path / "cache").train[0][7, :, 0, 0].tolist() == [1, 2, 3]
+    small = iadd.load_dataset(str(root), tmp_path, tmp_path / "cache", size=8)
     assert small.shape == (3, 8, 8) and small.name == "pets-8px"
 
 
 def test_greyscale_folder(tmp_path):
-    data = iadd.load_dataset(str(make_folder(tmp_path / "x", mode="L")), tmp_path / "data")
+    data = iadd.load_dataset(str(make_folder(tmp_path / "x", mode="L")), tmp_path, tmp_path / "cache")
     assert data.shape == (1, 32, 32)
+
+
+def make_tiny_imagenet(root):
+    """Three classes, as Tiny ImageNet is laid out, with everything in it that must be ignored."""
+    rng, wnids = np.random.default_rng(0), ["n03", "n01", "n02"]
+    (root / "val" / "images").mkdir(parents=True)
+    (root / "wnids.txt").write_text("\n".join(wnids) + "\n")
+    (root / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn02\tbullfrog\nn09\tdog\nn03\tblack widow, spider\n")
+    for c, wnid in enumerate([*wnids, "n09"]):  # n09 is not in wnids.txt
+        (root / "train" / wnid / "images").mkdir(parents=True)
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t9\t9\n")
+        (root / "train" / wnid / "images" / ".DS_Store").write_bytes(b"x")
+        (root / "train" / wnid / "images" / "._n01_0.JPEG").write_bytes(b"x")
+        (root / "train" / wnid / "images" / f"{wnid}_boxes.txt").write_text("x")
+        for k in range(4):
+            image = Image.fromarray(rng.integers(0, 9, (64, 64, 3), dtype=np.uint8) + np.uint8(40 * c))
+            image.convert("L" if k == 2 else "RGB").save(root / "train" / wnid / "images" / f"{wnid}_{k}.JPEG")
+    lines = []
+    for k, wnid in enumerate(["n02", "n03", "n01", "n09", "n01"]):
+        Image.new("RGB", (64, 64), (10 * k, 0, 0)).save(root / "val" / "images" / f"val_{k}.JPEG")
+        lines.append(f"val_{k}.JPEG\t{wnid}\t0\t0\t9\t9\n")
+    Image.new("RGB", (64, 64)).save(root / "val" / "images" / "stray.JPEG")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    (root / ".DS_Store").write_bytes(b"x")
+    return root
+
+
+@pytest.mark.parametrize("above", ["", "tiny-imagenet-200", "download/tiny-imagenet-200"])
+def test_tiny_imagenet(tmp_path, above):
+    make_tiny_imagenet(tmp_path / "data" / above)
+    data = iadd.load_dataset("tinyimagenet", tmp_path / "data", tmp_path / "cache")
+    assert data.classes == ["black widow", "goldfish", "bullfrog"] and data.shape == (3, 64, 64)  # order of wnids.txt
+    assert data.train[1].tolist() == [0] * 4 + [1] * 4 + [2] * 4 and data.test[1].tolist() == [2, 0, 1, 1]
+    means = data.train[0].float().mean((1, 2, 3)).view(3, 4)
+    assert all(abs(means[c] - 40 * c - 4).max() < 2 for c in range(3))
+    grey = data.train[0][2].int()
+    assert (grey[0] == grey[1]).all() and (grey[0] == grey[2]).all()
+    assert [round(x) for x in data.test[0][:, 0].float().mean((1, 2)).tolist()] == [0, 10, 20, 40]
+    part = iadd.load_dataset("tinyimagenet", tmp_path / "data", tmp_path / "cache", None, ["bullfrog", "goldfish"])
+    assert part.name == "tinyimagenet-2classes" and part.classes == ["bullfrog", "goldfish"]
+    assert part.train[1].tolist() == [1] * 4 + [0] * 4 and part.test[1].tolist() == [0, 1, 1]
+
+
+def make_covid(root, counts, layout="images", size=32):
+    """Class folders as Kaggle unpacks them; the k-th image of a class is of the grey level k, its mask white."""
+    for name, n in counts.items():
+        for part, level in (("images", None), ("masks", 255)):
+            folder = root / name / part if layout == "images" or part == "masks" else root / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for k in range(n):
+                image = Image.new("L", (size, size), k if level is None else level)
+                image.convert("RGB" if k == 1 else "L").save(folder / f"{name}-{k + 1}.png")
+            (folder / ".DS_Store").write_bytes(b"x")
+            (folder / f"._{name}-1.png").write_bytes(b"x")
+        (root / f"{name}.metadata.xlsx").write_bytes(b"x")
+    (root / "README.md.txt").write_text("x")
+    return root
+
+
+@pytest.mark.parametrize("layout", ["images", "flat"])
+def test_covid(tmp_path, layout, monkeypatch):
+    counts = {"COVID": 20, "Lung_Opacity": 13, "Normal": 30, "Viral Pneumonia": 7}
+    make_covid(tmp_path / "a" / "COVID-19_Radiography_Dataset", counts, layout)
+    data = iadd.load_dataset("covid", tmp_path / "a", tmp_path / "cache")
+    assert data.shape == (1, 112, 112) and data.classes == list(counts) and data.name == "covid"
+    assert data.train[1].bincount().tolist() == [16, 10, 24, 6] and data.test[1].bincount().tolist() == [4, 3, 6, 1]
+    levels = [[x[0, 0, 0, 0].item() for x in part[0].split(1)] for part in (data.train, data.test)]
+    for c, n in enumerate(counts.values()):  # every image once, no mask, none on both sides
+        mine = [[level for level, label in zip(*pair) if label == c] for pair in zip(levels, (data.train[1], data.test[1]))]
+        assert sorted(mine[0] + mine[1]) == list(range(n)) and sorted(mine[1]) != list(range(n - len(mine[1]), n))
+
+    glob = Path.glob  # a file system that lists the other way round
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: reversed(list(glob(self, pattern))))
+    again = iadd.load_dataset("covid", tmp_path / "a", tmp_path / "other")
+    assert torch.equal(again.train[0], data.train[0]) and torch.equal(again.test[0], data.test[0])
+    part = iadd.load_dataset("covid", tmp_path / "a", tmp_path / "cache", 32, ["Normal", "COVID"])
+    assert part.name == "covid-2classes-32px" and part.classes == ["Normal", "COVID"] and part.shape == (1, 32, 32)
+    assert {x[0, 0, 0, 0].item() for x in part.test[0][part.test[1] == 1].split(1)} == set(levels[1][:4])  # same split
+
+
+def test_covid_counts_of_the_paper(monkeypatch):
+    counts = {"COVID": 3616, "Lung_Opacity": 6012, "Normal": 10192, "Viral Pneumonia": 1345}
+    monkeypatch.setattr(Path, "is_dir", lambda self: True)
+    monkeypatch.setattr(iadd, "find_root", lambda *_: Path("x"))
+    monkeypatch.setattr(iadd, "image_files", lambda folder, _: [
+        folder / f"{folder.parent.name}-{k}.png" for k in range(counts[folder.parent.name])])
+    classes, train, test = iadd.list_covid(Path("x"))
+    assert (len(train), len(test)) == (16_933, 4_232)  # Section 4.1
+    first = [int(f.stem.split("-")[1]) for f, c in train if c == "COVID"]
+    assert len(set(first)) == 2893 and abs(np.mean(first) - 1808) < 60  # no run of neighbours
+
+
+def test_manual_downloads_are_explained(tmp_path):
+    for name, page, layout in (("tinyimagenet", "cs231n.stanford.edu/tiny-imagenet-200.zip", "wnids.txt"),
+                               ("covid", "kaggle.com/datasets/tawsifurrahman/covid19-radiography-database", "images/*.png")):
+        with pytest.raises(UserError) as error:
+            iadd.load_dataset(name, tmp_path, tmp_path / "cache")
+        message = str(error.value)
+        assert page in message and layout in message and "\n" not in message
+        assert f"python iadd.py teachers --dataset {name} --data-dir" in message
+    make_covid(tmp_path, {"COVID": 5, "Normal": 5})
+    with pytest.raises(UserError, match="no folder Lung_Opacity, Viral Pneumonia; --classes"):
+        iadd.load_dataset("covid", tmp_path, tmp_path / "cache")
+    with pytest.raises(UserError, match="look at Norml"):
+        iadd.load_dataset(str(make_folder(tmp_path / "x")), tmp_path, tmp_path / "cache", None, ["cat", "Norml"])
+    make_tiny_imagenet(tmp_path / "tiny")
+    (tmp_path / "tiny" / "val" / "images" / "val_2.JPEG").unlink()
+    with pytest.raises(OSError, match="val_2.JPEG"):
+        iadd.load_dataset("tinyimagenet", tmp_path / "tiny", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("form", ["zip", "gztar", "tar"])
+def test_archives_are_unpacked_once(tmp_path, form, capsys):
+    make_covid(tmp_path / "in" / "COVID-19_Radiography_Dataset", {"COVID": 5, "Normal": 5})
+    archive = Path(shutil.make_archive(tmp_path / "archive", form, tmp_path / "in"))
+    shutil.rmtree(tmp_path / "in")
+    for _ in range(2):
+        data = iadd.load_dataset("covid", archive, tmp_path / "cache", 16, ["COVID", "Normal"])
+        assert data.train[1].tolist() == [0] * 4 + [1] * 4
+    assert capsys.readouterr().err.count("unpacking") == 1
+    archive.write_bytes(archive.read_bytes()[:archive.stat().st_size // 3])
+    with pytest.raises(UserError, match="cannot unpack .*archive"):
+        iadd.load_dataset("covid", archive, tmp_path / "cache", 16, ["COVID", "Normal"])
+    assert not list((tmp_path / "cache").glob("*.tmp")) and len([*(tmp_path / "cache").glob("archive*")]) == 1
+
+
+def test_archives_write_nothing_outside(tmp_path):
+    (tmp_path / "evil").write_text("evil")
+    for name in ("../../evil2", str(tmp_path / "evil2")):
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            tar.add(tmp_path / "evil", name)
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped:
+            zipped.write(tmp_path / "evil", "good")
+            zipped.writestr(zipfile.ZipInfo(name), "evil")
+        with contextlib.suppress(UserError):  # absolute names are made relative
+            iadd.unpacked(tmp_path / "a.tar", tmp_path / "cache" / "deep")
+        assert (iadd.unpacked(tmp_path / "a.zip", tmp_path / "cache" / "deep") / "good").read_text() == "evil"
+        assert not [p for p in tmp_path.rglob("evil2") if tmp_path / "cache" / "deep" not in p.parents]
+    with pytest.raises(UserError, match="cannot unpack .*evil"):
+        iadd.unpacked(tmp_path / "evil", tmp_path / "cache")
 
 
 class FakeCifar:
@@ -620,7 +792,7 @@ class FakeCifar:
 
 def test_cifar(monkeypatch, tmp_path):
     monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCifar)
-    data = iadd.load_dataset("cifar10", tmp_path)
+    data = iadd.load_dataset("cifar10", tmp_path, tmp_path / "cache")
     assert data.shape == (3, 32, 32) and len(data.train[0]) == 4 and len(data.test[0]) == 2
     assert data.train[0][0, :, 0, 0].tolist() == [0, 1, 2] and data.train[1].tolist() == [0, 1, 0, 1]
 
@@ -787,6 +959,114 @@ def test_eval_all_architectures(run, capsys):
     assert distilled["lr"] == iadd.load(out / "distilled.pt")["alpha"]
 
 
+def test_confusion_matrix_of_eval(run, capsys):
+    tmp, options, folder, out = run
+    words = ["eval", *options, "--on", "random", "--nets", 3, "--eval-epochs", 1]
+    assert command(*words) == 0 and "taken for" not in capsys.readouterr().out
+    assert command(*words, "--confusion") == 0
+    row = json.loads((out / "results.jsonl").read_text().splitlines()[-1])
+    matrix = np.array(row["confusion"])
+    assert matrix.sum(1).tolist() == [9, 9, 9] and 100 * matrix.trace() / 27 == pytest.approx(row["mean"])
+    lines = capsys.readouterr().out.splitlines()
+    shares = [line.split() for line in lines if line.split()[:1] and line.split()[0] in ("cat", "dog", "emu")]
+    assert [[float(v) for v in share[1:]] for share in shares] == (100 * matrix / 9).round(1).tolist()
+    assert f"mean of the classes {row['mean']:.1f} %" in "".join(lines)  # the classes are of one size
+
+
+def test_herding_is_a_fixed_choice_of_real_images(run, capsys, monkeypatch):
+    tmp, options, folder, out = run
+    trained_on = []
+    monkeypatch.setattr(iadd, "train_network", lambda ell, theta, x, y, *_: trained_on.append((x, y)) or theta)
+    assert command("eval", *options, "--on", "herding", "random", "--nets", 2) == 0
+    (a, labels), (b, _), (c, _), (d, _) = trained_on
+    assert torch.equal(a, b) and not torch.equal(c, d) and labels.tolist() == [0, 1, 2]
+    data = iadd.load_dataset(str(tmp / "pets"), tmp, tmp / "runs" / "cache")
+    real = Normalisation.fit(data.train[0], zca=True, device=DEVICE)(data.train[0])
+    distance = torch.stack([(real - image).flatten(1).norm(dim=1) for image in a])
+    index = distance.argmin(1)
+    assert distance.min(1).values.max() < 1e-2 and data.train[1][index].tolist() == [0, 1, 2]
+    net = iadd.convnet(data.shape, 3, 4).to(DEVICE)
+    theta = iadd.load(folder / "teachers" / "000.pt")["thetas"][-1].to(DEVICE)
+    for c in range(3):  # for one image a class: the nearest to the mean of the features
+        x = real[data.train[1] == c]
+        torch.nn.utils.vector_to_parameters(theta, net.parameters())
+        features = net[:-1](x)
+        nearest = (features - features.mean(0)).norm(dim=1).argmin()
+        assert torch.allclose(x[nearest], a[c], atol=1e-3)
+    (tmp / "bare").mkdir()
+    bare = [*options[:-4], "--runs", tmp / "bare", *options[-2:]]
+    assert "run first: python iadd.py teachers" in refused(capsys, "eval", *bare, "--on", "herding")
+
+
+def test_methods(run):
+    tmp, options, folder, _ = run
+    words = ["distill", *options, "--iterations", 2, "--steps", 2]
+    assert command(*words, "--method", "ddpp", "--epsilon", 0.25) == 0
+    W = iadd.load(folder / "ipc1_ddpp_seed0" / "distilled.pt")["W"]
+    assert set(W.tolist()) == {0, 1} and W.mean().item() == pytest.approx(.75, abs=.01)
+    assert command(*words, "--lr-w", 1e3, "--normalize-w", "--name", "unit") == 0
+    W = iadd.load(folder / "unit" / "distilled.pt")["W"]
+    assert W.square().mean().item() == pytest.approx(1) and W.max() > 1 > W.min()
+
+
+def test_eval_every_changes_nothing_and_plot_shows_it(run, capsys):
+    tmp, options, folder, _ = run
+    words = ["distill", *options, "--iterations", 4, "--steps", 2]
+    assert command(*words, "--name", "plain") == 0
+    assert command(*words, "--name", "watched", "--eval-every", 2, "--nets", 2, "--eval-epochs", 1) == 0
+    plain, watched = (iadd.load(folder / name / "distilled.pt") for name in ("plain", "watched"))
+    assert same(plain["images"], watched["images"]) and plain["alpha"] == watched["alpha"]
+    rows = [json.loads(line) for line in open(folder / "watched" / "results.jsonl")]
+    assert [row["iteration"] for row in rows] == [2, 4] and rows[0]["lr"] != rows[1]["lr"] == watched["alpha"]
+    assert command("eval", *options, "--name", "watched", "--nets", 2, "--eval-epochs", 1) == 0
+    assert json.loads(open(folder / "watched" / "results.jsonl").readlines()[-1])["accuracies"] == rows[1]["accuracies"]
+
+    capsys.readouterr()
+    assert command("plot", *options, "--name", "watched") == 0
+    names = [Path(line).name for line in capsys.readouterr().out.splitlines()[1:]]
+    assert names == ["plot_images.png", "plot_curves.png", "plot_weights.png"]
+    for name in names:
+        with Image.open(folder / "watched" / name) as figure:
+            assert min(figure.size) > 150 and len(set(figure.convert("L").tobytes())) > 50
+    assert "does not exist; run first" in refused(capsys, "plot", *options, "--name", "nothing")
+
+
+def test_plot_draws_what_it_says(run, monkeypatch):
+    """The numbers that reach matplotlib: W, the mismatch of the distilled images' own students, the log."""
+    import matplotlib.axes
+    tmp, options, folder, out = run
+    drawn, shown, plot, imshow = [], [], matplotlib.axes.Axes.plot, matplotlib.axes.Axes.imshow
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda ax, *a, **k: drawn.append(a) or plot(ax, *a, **k))
+    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda ax, *a, **k: shown.append(a[0]) or imshow(ax, *a, **k))
+    assert command("plot", *options) == 0
+    content, log = iadd.load(out / "distilled.pt"), list(csv.DictReader(open(out / "log.csv")))
+    assert drawn[0] == ([5, 10, 12], [float(row["loss"]) for row in log])
+    assert [a[1] for a in drawn[1:6]] == [[float(row[k]) for row in log] for k in (
+        "alpha", "W_min", "W_1pct", "W_median", "W_mean")]
+    miss, W = drawn[-2][0], drawn[-1][0]
+    assert np.array_equal(W, content["W"]) and miss.shape == W.shape and (miss >= 0).all() and 0 < miss.mean() < 1
+    assert len(shown) == 6  # three real images and three distilled ones
+    normalise = Normalisation(content["mean"], content["scale"])
+    pixels = normalise.inverse(content["images"]).clamp(0, 1).permute(0, 2, 3, 1)
+    assert np.allclose(np.stack(shown[3:]), pixels, atol=1e-4)
+    real = [np.array(Image.open(path)) / 255 for path in (tmp / "pets" / "train" / "cat").iterdir()]
+    assert min(np.abs(shown[0] - image).max() for image in real) < 1e-3
+
+
+def test_covid_from_end_to_end(tmp_path, capsys):
+    make_covid(tmp_path / "xrays", {"COVID": 10, "Normal": 15}, size=40)
+    options = ["--dataset", "covid", "--data-dir", tmp_path / "xrays", "--classes", "COVID", "Normal", "--size", 32,
+               "--width", 4, "--runs", tmp_path / "runs"]
+    assert command("teachers", *options, "--teachers", 1, "--epochs", 2) == 0
+    assert command("distill", *options, "--ipc", 2, "--max-start-epoch", 1, "--iterations", 2, "--steps", 2) == 0
+    assert command("eval", *options, "--ipc", 2, "--on", "distilled", "full", "--nets", 2, "--eval-epochs", 2) == 0
+    out = capsys.readouterr().out
+    assert out.count("mean of the classes") == 2 and "covid-2classes-32px: 20 training and 5 test" in out
+    rows = [json.loads(line) for line in open(next(tmp_path.rglob("results.jsonl")))]
+    assert all(np.array(row["confusion"]).sum(1).tolist() == [4, 6] for row in rows)
+    assert command("plot", *options, "--ipc", 2) == 0
+
+
 def test_eval_of_a_file_from_elsewhere(run, capsys):
     """The file brings dataset, width, depth and normalisation along; eval needs only the test images."""
     tmp, options, folder, out = run
@@ -802,13 +1082,13 @@ def test_eval_of_a_file_from_elsewhere(run, capsys):
 
 
 def test_help_explains_every_option():
-    for name in ("teachers", "distill", "eval", "bench"):
+    for name in ("teachers", "distill", "eval", "plot", "bench"):
         text = subprocess.run([sys.executable, "iadd.py", name, "--help"], capture_output=True, text=True, check=True,
                               cwd=Path(iadd.__file__).parent, env={**os.environ, "COLUMNS": "400"}).stdout
         options = re.split(r"\n  (?=--)", text.split("\n\npresets (")[0])[1:]
-        assert len(options) > (3 if name == "bench" else 15)
+        assert len(options) > (3 if name == "bench" else 14)
         for option in options:
-            assert "(default: " in option or option.startswith(("--restart", "--quick")), option
+            assert "(default: " in option or option.startswith(("--restart", "--quick", "--normalize-w")), option
         assert name == "bench" or "cifar100       50     80" in text
 
 
@@ -854,10 +1134,11 @@ def test_bad_datasets(tmp_path, capsys, monkeypatch):
     assert not list((tmp_path / "runs").rglob("*.pt"))
     (tmp_path / "empty").mkdir()
     assert "train/<class>/" in says("--dataset", tmp_path / "empty")
-    assert "two or more, not cat" in says("--dataset", make_folder(tmp_path / "one", ["cat"]))
+    message = says("--dataset", make_folder(tmp_path / "one", ["cat"]))
+    assert "two or more classes, each with training and with test images; look at cat" in message
     root = make_folder(tmp_path / "odd")
     (root / "test" / "emu").rename(root / "test" / "fox")
-    assert "the same classes, two or more, not emu, fox" in says("--dataset", root)
+    assert "look at emu, fox" in says("--dataset", root)
     root = make_folder(tmp_path / "broken")
     (root / "train" / "dog" / "2.png").write_bytes((root / "train" / "dog" / "2.png").read_bytes()[:200])
     assert "broken/train/dog/2.png" in says("--dataset", root)
@@ -869,7 +1150,7 @@ def test_bad_datasets(tmp_path, capsys, monkeypatch):
     message = says("--dataset", root)
     assert "test/dog/2.png has 32x40" in message and "--size" in message
     assert "--no-zca" in says("--dataset", make_folder(tmp_path / "large", size=90), "--ipc", 1)
-    assert "with --size, a folder" in says("--dataset", "shapes", "--size", 8)
+    assert "--size and --classes are for image files" in says("--dataset", "shapes", "--size", 8)
     assert "convnet needs images of 128 pixels" in says("--dataset", "shapes", "--depth", 7)
 
     def no_network(*args, **kwargs):
@@ -877,7 +1158,7 @@ def test_bad_datasets(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", no_network)
     assert "cannot download cifar10" in says("--dataset", "cifar10")
-    assert not list(tmp_path.rglob("*.tmp")) and not list((tmp_path / "runs").rglob("*.pt"))
+    assert not list(tmp_path.rglob("*.tmp")) and not list((tmp_path / "runs").rglob("teachers/*.pt"))
 
 
 @pytest.mark.parametrize("words, says", [
