@@ -32,7 +32,7 @@ Glossary
     DSA, IPC     differentiable Siamese augmentation; images per class  script A, [47]; --ipc
 """
 import argparse, csv, ctypes, functools, hashlib, itertools, json, math, multiprocessing, os, shutil, statistics, sys
-import time, zipfile, zlib
+import time, zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +47,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------
-# Settings: default < preset < what the user typed
-# Sections 4.1, 4.2 and 4.5 (COVID-CXR: T = iterations is assumed). Paper silent on the teachers' learning rate and
-# batch: MTT's. `shapes` is ours. For Tiny ImageNet and COVID-CXR presets only: --dataset FOLDER --preset covid.
+# -------- Settings: default < preset < what the user typed ------------------------------------------------------------
+# Sections 4.1, 4.2 and 4.5; 5000 iterations on COVID-CXR are assumed. Paper silent on the teachers' learning rate and
+# batch: MTT's. `shapes` is ours.
 TRAINING = """
 dataset       teachers  epochs  lr_teacher  batch_real  iterations  width
 cifar10            200      50         .01         256        5000    128
@@ -100,8 +99,7 @@ def differences(found: dict, wanted: dict) -> str:
     """Says in words where `found` departs from `wanted` ("width 32, not 128"); empty if nowhere."""
     return ", ".join(f"{k} {found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v)
 
-# ------------------------------------------------------------------------------------------------
-# Files (written whole or not at all, read as data and never as code), progress, memory
+# -------- Files (written whole or not at all, read as data and never as code), progress, memory -----------------------
 def checksum(content: dict) -> str:
     """Of a dict of CPU tensors and plain values."""
     parts = (value.contiguous().numpy() if isinstance(value, Tensor) else repr(value).encode()
@@ -139,7 +137,7 @@ def progress_bar(iterable=None, **options) -> tqdm:
     return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
-    """x there; a copy to a GPU does not wait for the work that is queued on it."""
+    """x on `device`; a copy to a GPU does not wait for the work that is queued on it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 def peak_memory(device: torch.device) -> float:
@@ -151,8 +149,7 @@ def peak_memory(device: torch.device) -> float:
     except OSError:  # not Linux
         return math.nan
 
-# ------------------------------------------------------------------------------------------------
-# Datasets
+# -------- Datasets ----------------------------------------------------------------------------------------------------
 @dataclass
 class Dataset:
     """Images and labels: train and test are pairs of uint8 (N, C, H, W), H = W, and int64 (N,), index into classes."""
@@ -167,9 +164,12 @@ class Dataset:
 
 def load_dataset(name: str, data_dir: Path, cache: Path, size: int | None = None, only: list[str] = ()) -> Dataset:
     """cifar10, cifar100, tinyimagenet, covid or shapes, or a folder with train/<class>/* and test/<class>/*.
-    data_dir: the folder or archive that holds the data. cache: where they are unpacked and kept once read. For image
-    files, size: the side in pixels that they are resized to (covid: 112), only: the classes to use. Raises UserError."""
-    if name in ("cifar10", "cifar100", "shapes") and not (size or only):
+    data_dir: the folder or archive of the data. cache: where they are unpacked and kept once read. For image files,
+    size: the side in pixels that they are resized to (covid: 112), only: the classes to use. Raises UserError."""
+    only = list(dict.fromkeys(only))
+    if name in ("cifar10", "cifar100", "shapes"):
+        if size or only:
+            raise UserError(f"--size and --classes are for datasets of image files, not for {name}")
         return make_shapes() if name == "shapes" else load_cifar(name, unpacked(data_dir, cache))
     full_name = Path(name).resolve().name + (f"-{len(only)}classes" if only else "") + (f"-{size}px" if size else "")
     if name == "tinyimagenet":
@@ -178,8 +178,7 @@ def load_dataset(name: str, data_dir: Path, cache: Path, size: int | None = None
         return read_dataset(full_name, list_covid(unpacked(data_dir, cache), only), only, cache, size or 112, "L")
     if Path(name).is_dir():
         return read_dataset(full_name, list_folder(Path(name)), only, cache, size)
-    raise UserError(f"unknown dataset {name!r}: --dataset takes cifar10, cifar100, tinyimagenet, covid, shapes or a "
-                    "folder; --size and --classes are for image files")
+    raise UserError(f"unknown dataset {name!r}: not cifar10, cifar100, tinyimagenet, covid or shapes, nor a folder")
 
 def load_cifar(name: str, data_dir: Path) -> Dataset:
     """CIFAR-10 or CIFAR-100 [53], downloaded to data_dir on first use (170 MB)."""
@@ -200,23 +199,25 @@ def unpacked(path: Path, cache: Path) -> Path:
         print(f"unpacking {path} into {target}", file=sys.stderr)
         temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:  # what would land outside of the folder is an error in a tar, and left out of a zip
-            shutil.unpack_archive(path, temporary, **({} if zipfile.is_zipfile(path) else {"filter": "data"}))
+            shutil.unpack_archive(path, temporary, **({} if path.suffix == ".zip" else {"filter": "data"}))
             temporary.rename(target)
         except Exception as error:  # each format raises its own
-            raise UserError(f"cannot unpack {path}: {error}") from None
+            if not target.is_dir():  # nor has another process been faster
+                raise UserError(f"cannot unpack {path}: {error}") from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return target
 
-def image_files(folder: Path, pattern: str = "*") -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """The image files there, in the order of their names; hidden and other files are ignored."""
-    return sorted(file for file in folder.glob(pattern) if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()
-                  and not any(part.startswith(".") for part in file.relative_to(folder).parts))
+    return sorted(file for file in folder.iterdir()
+                  if file.suffix.lower() in IMG_EXTENSIONS and file.name[0] != "." and file.is_file())
 
 def find_root(data_dir: Path, inside: list[str], name: str, layout: str, page: str) -> Path:
-    """data_dir, or the folder up to two levels below, that has something of the name of one `inside`."""
-    for folder in [data_dir, *sorted(data_dir.glob("*/")), *sorted(data_dir.glob("*/*/"))]:
-        if any((folder / entry).exists() for entry in inside):
+    """data_dir, or a folder at most two levels below it, that contains all of `inside`, or else any of them."""
+    folders = [data_dir, *sorted(data_dir.glob("*/")), *sorted(data_dir.glob("*/*/"))]
+    for enough, folder in itertools.product((all, any), folders):
+        if enough(os.path.exists(folder / entry) for entry in inside):
             return folder
     raise UserError(f"{data_dir} does not hold {layout}: download it from {page}, then run: python iadd.py teachers "
                     f"--dataset {name} --data-dir FOLDER_OR_ARCHIVE")
@@ -225,9 +226,10 @@ def find_root(data_dir: Path, inside: list[str], name: str, layout: str, page: s
 
 def list_folder(root: Path) -> tuple[list, list, list]:
     """train/<class>/* and test/<class>/*."""
-    train, test = ([(f, f.parent.name) for f in image_files(root / part, "*/*")] for part in ("train", "test"))
-    if not (train and test):
+    if not ((root / "train").is_dir() and (root / "test").is_dir()):
         raise UserError(f"{root} needs images in {root}/train/<class>/ and in {root}/test/<class>/")
+    train, test = ([(file, c.name) for c in sorted((root / part).iterdir()) if c.is_dir() and c.name[0] != "."
+                    for file in image_files(c)] for part in ("train", "test"))
     return sorted({c for _, c in train + test}), train, test
 
 def list_tiny_imagenet(data_dir: Path) -> tuple[list, list, list]:
@@ -235,23 +237,27 @@ def list_tiny_imagenet(data_dir: Path) -> tuple[list, list, list]:
     root = find_root(data_dir, ["wnids.txt"], "tinyimagenet", "tiny-imagenet-200/{wnids.txt,words.txt,train/,val/}",
                      "http://cs231n.stanford.edu/tiny-imagenet-200.zip")
     def columns(file):
-        return dict(line.split("\t")[:2] for line in (root / file).read_text("utf-8").splitlines() if "\t" in line)
-    words, labels = columns("words.txt"), columns("val/val_annotations.txt")
-    names = {wnid: words.get(wnid, wnid).split(",")[0] for wnid in (root / "wnids.txt").read_text().split()}
+        lines = (root / file).read_text("utf-8", errors="replace").splitlines()
+        return dict(line.split("\t")[:2] for line in lines if "\t" in line)
+    words, labels, names = columns("words.txt"), columns("val/val_annotations.txt"), {}
+    for wnid in (root / "wnids.txt").read_text().split():
+        name = words.get(wnid, wnid).split(",")[0]
+        names[wnid] = f"{name} {wnid}" if name in names.values() else name
     train = [(file, name) for wnid, name in names.items() for file in image_files(root / "train" / wnid / "images")]
     test = [(root / "val/images" / file, names[wnid]) for file, wnid in labels.items() if wnid in names]
     return list(names.values()), train, test
 
 def list_covid(data_dir: Path, only: list[str] = ()) -> tuple[list, list, list]:
-    """The COVID-19 Radiography Database [81], but for its masks, split 8:2 in each class (Section 4.1): 16,933 and 4,232
+    """The COVID-19 Radiography Database [81] without its masks, split 8:2 in each class (Section 4.1): 16,933 and 4,232
     images. Which file goes where depends on its name alone."""
     classes, train, test = list(only or ["COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"]), [], []
-    root = find_root(data_dir, classes, "covid", "COVID-19_Radiography_Dataset/<class>/images/*.png",
+    root = find_root(data_dir, classes, "covid", f"COVID-19_Radiography_Dataset/{{{','.join(classes)}}}/images/*.png",
                      "https://www.kaggle.com/datasets/tawsifurrahman/covid19-radiography-database")
     if missing := [name for name in classes if not (root / name).is_dir()]:
         raise UserError(f"{root} has no folder {', '.join(missing)}; --classes COVID Normal, say, runs on a part")
     for name in classes:
-        files = image_files(root / name / "images", "*.png") or image_files(root / name, "*.png")  # so in old copies
+        images = root / name / "images"
+        files = image_files(images if images.is_dir() else root / name)  # in old copies there is no such folder
         files.sort(key=lambda file: hashlib.sha256(f"{name}/{file.name}".encode()).digest())
         cut = round(0.8 * len(files))
         train, test = train + [(f, name) for f in files[:cut]], test + [(f, name) for f in files[cut:]]
@@ -269,7 +275,7 @@ def read_image(path: str, size: int | None, mode: str | None = None) -> np.ndarr
                 image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased
             pixels = np.asarray(image)
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, DecompressionBombError, ...
-        raise UserError(f"cannot read the image {path}: {error}") from None
+        raise UserError(f"cannot read the image {path}: {str(error) or repr(error)}") from None
     return pixels.reshape(*pixels.shape[:2], -1)
 
 def read_dataset(name: str, listing: tuple[list, list, list], only: list[str], cache: Path, size: int | None,
@@ -277,12 +283,12 @@ def read_dataset(name: str, listing: tuple[list, list, list], only: list[str], c
     """The images of a listing, if given `only` of these classes. Read once, then kept in `cache` under a name made from
     every file's path, size and date. Raises UserError."""
     classes, *parts = listing
-    classes = list(dict.fromkeys(only or classes))
+    classes = only or classes
     train, test = ([(file, c) for file, c in part if c in classes] for part in parts)
     lacking = set(classes) - ({c for _, c in train} & {c for _, c in test})
     if lacking or len(classes) < 2:
         raise UserError(f"{name} needs two or more classes, each with training and with test images; look at "
-                        f"{', '.join(sorted(lacking or classes))}")
+                        f"{', '.join(sorted(lacking or classes)) or 'the folder'}")
     files = [file for file, _ in train + test]
     stamps = [(str(f.resolve()), s.st_size, s.st_mtime_ns) for f in files for s in [f.stat()]]
     path = cache / f"{name}-{checksum({'size': size, 'mode': mode, 'files': stamps})}.pt"
@@ -324,7 +330,6 @@ def make_shapes(train: int = 200, test: int = 50, size: int = 32, seed: int = 0)
         image = (draw(0, .5, 3) + inside * draw(.2, .5, 3)) * (1 + draw(-.3, .3) * x + draw(-.3, .3) * y)
         image += rng.normal(0, .15, image.shape)
         return torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8))
-
     images, labels = torch.stack([render(pattern) for pattern in patterns.values()]), torch.arange(len(patterns))
     pairs = [(part.flatten(0, 1), labels.repeat_interleave(part.shape[1])) for part in images.split([train, test], 1)]
     return Dataset("shapes", list(patterns), *pairs)
@@ -364,8 +369,7 @@ class Normalisation:
             return (self.mean + torch.linalg.solve(self.scale, z.flatten(1).T).T).view_as(z)
         return z / self.scale + self.mean
 
-# ------------------------------------------------------------------------------------------------
-# Differentiable Siamese augmentation (DSA), script A in Eq. (2); Zhao, Bilen, ICML 2021 [47]
+# -------- Differentiable Siamese augmentation (DSA), script A in Eq. (2); Zhao, Bilen, ICML 2021 [47] -----------------
 # Each function takes (N, C, H, W); every image draws its own parameters. "Siamese", the same draws for real
 # and distilled images, matters where their gradients are matched; here they are never augmented together.
 def uniform(x: Tensor, low: float, high: float) -> Tensor:
@@ -425,8 +429,7 @@ def augment(x: Tensor) -> Tensor:
     done = [dsa(part.flatten(0, 1)).view_as(part) for dsa, part in zip(DSA, parts) if len(part)]
     return torch.cat(done)[order.argsort()]
 
-# ------------------------------------------------------------------------------------------------
-# Networks. GroupNorm with one channel a group is instance normalisation: no statistics that run along
+# -------- Networks. GroupNorm with one channel a group is instance normalisation: no running statistics ---------------
 def plain_network(shape: tuple[int, int, int], classes: int, layers: list, norm: bool = True) -> nn.Module:
     """Convolutions (width, kernel), each with instance normalisation and ReLU, and halvings "avg" or "max"."""
     channels, side, _ = shape
@@ -476,8 +479,7 @@ def build(arch: str, data: Dataset, width: int = 128, depth: int = 3) -> nn.Modu
     options = {"width": width, "depth": depth} if arch == "convnet" else {}
     return ARCHITECTURES[arch](data.shape, len(data.classes), **options)
 
-# ------------------------------------------------------------------------------------------------
-# Networks as pure functions of their parameters, and what makes such functions fast
+# -------- Networks as pure functions of their parameters, and what makes such functions fast --------------------------
 def flat_parameters(net: nn.Module) -> Tensor:
     """A copy of all parameters of `net` as one vector theta, (P,)."""
     return torch.cat([p.detach().flatten() for p in net.parameters()])
@@ -551,8 +553,7 @@ def tune(device: torch.device) -> None:
     except (AttributeError, OSError, TypeError):
         pass  # another system, another malloc
 
-# ------------------------------------------------------------------------------------------------
-# Training on a set of images: teachers, and the networks of the evaluation
+# -------- Training on a set of images: teachers, and the networks of the evaluation -----------------------------------
 def minibatches(n: int, batch: int, J: int, device) -> Tensor:
     """Indices of J mini-batches, (J, batch), batch <= n: every pass over the n images is a fresh permutation, cut into
     batches; an incomplete last one is filled up with the first images of the pass."""
@@ -598,7 +599,7 @@ def train_network(ell, theta: Tensor, x: Tensor, y: Tensor, epochs: int, lr: flo
 
 @torch.no_grad()
 def confusion_matrix(net: nn.Module, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """How many of the images x of each class, a row, `net` with parameters theta takes for each class, a column."""
+    """Entry (r, c): how many of the images x of class r `net` with the parameters theta takes for class c."""
     predict = functional(net)
     scores = torch.cat([predict(theta, part) for part in x.split(500)])
     n = scores.shape[1]
@@ -608,8 +609,7 @@ def accuracy(confusion: Tensor) -> float:
     """Share of the images that are classified rightly, in per cent."""
     return 100 * (confusion.trace() / confusion.sum()).item()
 
-# ------------------------------------------------------------------------------------------------
-# IADD: Section 3, Algorithm 1
+# -------- IADD: Section 3, Algorithm 1 --------------------------------------------------------------------------------
 def student_step(net: nn.Module, compile=plain):
     """One step of Eq. (2), step(theta, alpha, x, y) = theta - alpha grad ell, differentiable in theta, alpha and x.
 
@@ -617,7 +617,6 @@ def student_step(net: nn.Module, compile=plain):
     step's inputs only, and its backward pass runs the step again, as one vector-Jacobian product: the same gradients,
     and the activations of a single step at a time."""
     ell = flat_loss(net)
-
     def step(theta, alpha, x, y):
         return theta - alpha * torch.func.grad(ell)(theta, x, y)
     def back(v, theta, alpha, x, y):
@@ -636,8 +635,8 @@ def student_step(net: nn.Module, compile=plain):
     return StudentStep.apply
 
 def student_batches(images: Tensor, labels: Tensor, batch: int, J: int) -> tuple[Tensor, Tensor]:
-    """J augmented mini-batches, (J, batch, C, H, W) and (J, batch), differentiable in images (N, C, H, W): line 7, Eq. (1).
-    The images stay as they are for an iteration, so that all can be made at once."""
+    """J augmented mini-batches (line 7, Eq. (1)), (J, batch, C, H, W) and (J, batch), differentiable in the images
+    (N, C, H, W). These stay as they are for an iteration, so that all can be made at once."""
     index = minibatches(len(images), batch, J, images.device)
     x = images.index_select(0, index.flatten())  # on a CPU images[index] would add its gradients in any order
     return augment(x.view(J, batch, *images.shape[1:])), labels[index]
@@ -653,10 +652,10 @@ def iadd_loss(theta: Tensor, theta_start: Tensor, theta_target: Tensor, W: Tenso
     return (W * (theta - theta_target)).square().sum() / (theta_start - theta_target).square().sum()
 
 def weigh(method: str, W: Tensor, d: Tensor, epsilon: float = 0.1) -> Tensor:
-    """The weights (P,) of the mismatch d = theta - theta_target (P,): what distinguishes the methods. IADD's are learned,
-    MTT's [51] are 1, and DDPP [54] drops the share epsilon of the parameters that the student has missed by most."""
+    """The weights (P,) of the mismatch d = theta - theta_target (P,): what distinguishes the methods. IADD learns them,
+    MTT's [51] are 1, DDPP [54] drops what is hardest to match: the share epsilon of parameters with the largest |d|."""
     if method == "ddpp":
-        with torch.no_grad():
+        with torch.no_grad():  # the mask is new in every iteration
             W.copy_(d.abs() <= d.abs().kthvalue(max(1, round((1 - epsilon) * len(d)))).values)
     return W if method == "iadd" else W.detach()
 
@@ -692,7 +691,7 @@ def iadd(step, images: Tensor, labels: Tensor, alpha: Tensor, W: Tensor, teacher
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()                                                                  # line 14, Eq. (10)-(13)
-        if normalize_w:
+        if normalize_w and method == "iadd":
             W.data /= W.data.square().mean().sqrt()
         yield loss.detach()
 
@@ -709,8 +708,8 @@ def real_images(data: Dataset, normalise: Normalisation, ipc: int, choose=None) 
 
 @torch.no_grad()
 def herding(net: nn.Sequential, theta: Tensor, x: Tensor, ipc: int) -> Tensor:
-    """The baseline Herding [83] of Table 1: indices (ipc,) of the images among x (N, C, H, W) whose mean comes nearest
-    to the mean of all, chosen greedily by what the layers of a trained ConvNet before its last one say of them."""
+    """The baseline Herding [83] of Table 1, greedy: indices (ipc,) into x (N, C, H, W), each of them added because it
+    brings the mean feature of those chosen nearest to that of all x. Features: the input of a ConvNet's last layer."""
     nn.utils.vector_to_parameters(theta, net.parameters())
     features = torch.cat([net[:-1](part) for part in x.split(500)])  # (N, features)
     mean, total, chosen = features.mean(0), torch.zeros_like(features[0]), []
@@ -721,8 +720,7 @@ def herding(net: nn.Sequential, theta: Tensor, x: Tensor, ipc: int) -> Tensor:
         total += features[chosen[-1]]
     return torch.tensor(chosen)
 
-# ------------------------------------------------------------------------------------------------
-# The three commands
+# -------- The three commands ------------------------------------------------------------------------------------------
 def prepare(args: argparse.Namespace, preset_ipc: int) -> tuple[Dataset, dict, Path, Path]:
     """Fills in what the user did not type, from every column of the preset, and loads the data.
     Returns it, the settings that teachers and students must share, and the folders of teachers and of the result."""
@@ -783,12 +781,12 @@ def command_teachers(args: argparse.Namespace) -> None:
     print(f"{len(todo)} teachers trained in {time.time() - start:.0f} s, peak memory {peak_memory(args.device):.2f} GB;"
           f" the last has {score:.1f} % test accuracy; {len(paths)} take {size:.0f} MB of disk")
 
-def open_teachers(shared: dict, folder: Path, needed: int = 1) -> list[Tensor]:
-    """The trajectories in `folder`, memory-mapped, (epochs + 1, P) each. Raises UserError if they do not fit or have
-    fewer than the `needed` epochs."""
+def open_teachers(shared: dict, folder: Path, needed: int = 1, most: int | None = None) -> list[Tensor]:
+    """The trajectories in `folder`, memory-mapped, (epochs + 1, P) each, at `most` so many. Raises UserError if they do
+    not fit or have fewer than the `needed` epochs."""
     remedy = f"run first: python iadd.py teachers --epochs {needed}, with the same options on data and network"
     teachers = []
-    for path in sorted(folder.glob("*.pt")):
+    for path in sorted(folder.glob("*.pt"))[:most]:
         content = load(path, "thetas", "settings")
         if wrong := differences(content["settings"], shared):
             raise UserError(f"{path} does not fit this run: it has {wrong}")
@@ -803,11 +801,6 @@ def spread(W: Tensor) -> dict[str, float]:
     """How far the importance weights have come from 1: minimum, 1 % quantile, median, mean."""
     return {"W_min": W.min().item(), "W_1pct": W.kthvalue(math.ceil(len(W) / 100)).values.item(),
             "W_median": W.median().item(), "W_mean": W.mean().item()}
-
-def save_grid(images: Tensor, normalise: Normalisation, columns: int, path: Path) -> None:
-    """The distilled images as a PNG, one class a row, back in pixels and enlarged to at least 96 a side."""
-    pixels = F.interpolate(normalise.inverse(images).clamp(0, 1), scale_factor=math.ceil(96 / images.shape[-1]))
-    torchvision.utils.save_image(pixels, path, nrow=columns, padding=4, pad_value=1.0)
 
 def command_distill(args: argparse.Namespace) -> None:
     """Distil a dataset into a few images per class (Algorithm 1)."""
@@ -827,8 +820,6 @@ def command_distill(args: argparse.Namespace) -> None:
                 return print(f"{result} is there already; --restart makes it anew")
             raise UserError(f"{result} has {differences(old['settings'], settings) or 'the same settings'} and stands "
                             f"at iteration {old['iteration']}: --restart begins anew, --name NAME keeps both")
-        if old["iteration"] > 0:  # a run that never got anywhere must not push out the one before it
-            result.replace(out / "distilled.old.pt")
     seed_all(args.seed, "distill")
     normalise = Normalisation.fit(data.train[0], args.zca, args.device)
     images, labels = real_images(data, normalise, args.ipc)                    # Algorithm 1, line 1
@@ -841,32 +832,37 @@ def command_distill(args: argparse.Namespace) -> None:
         tensors = {"images": images, "labels": labels, "W": W, "mean": normalise.mean, "scale": normalise.scale}
         save({**{key: value.detach().cpu() for key, value in tensors.items()}, "alpha": alpha.item(),
               "classes": data.classes, "settings": settings, "iteration": iteration}, result)
-        save_grid(images.detach(), normalise, args.ipc, out / f"images_{iteration:05d}.png")
+        pixels = normalise.inverse(images.detach()).clamp(0, 1)
+        pixels = F.interpolate(pixels, scale_factor=math.ceil(96 / data.shape[1]))  # to 96 a side or more
+        torchvision.utils.save_image(pixels, out / f"images_{iteration:05d}.png", nrow=args.ipc, padding=4, pad_value=1)
+    if result.exists() and old["iteration"] > 0:  # a run that never got anywhere must not push out the one before it
+        result.replace(out / "distilled.old.pt")
     checkpoint(0)
     print(f"{len(teachers)} teachers; the rows of {out}/images_*.png are {', '.join(data.classes)}")
     passes = args.iterations * args.steps * 12  # a step costs as much as 3 forward passes, its way back as 9
     compile, record = accelerators(net, images.detach()[:args.batch], passes, args.compile)
+    options = {key: settings[key] for key in (
+        "batch", "lr_img", "lr_alpha", "lr_w", "method", "epsilon", "normalize_w")}
     losses = iadd(student_step(net, compile), images, labels, alpha, W, teachers, T=args.iterations, J=args.steps,
-                  K=args.expert_epochs, max_start=args.max_start_epoch, batch=args.batch, lr_img=args.lr_img,
-                  lr_alpha=args.lr_alpha, lr_w=args.lr_w, method=args.method, epsilon=args.epsilon,
-                  normalize_w=args.normalize_w, record=record)
+                  K=args.expert_epochs, max_start=args.max_start_epoch, record=record, **options)
     start = time.time()
     with open(out / "log.csv", "w", newline="") as file, progress_bar(losses, total=args.iterations, unit="it") as bar:
         log = csv.DictWriter(file, ["iteration", "seconds", "loss", "alpha", *spread(W)])
         log.writeheader()
         for t, loss in enumerate(bar, 1):
             saves = t % args.checkpoint_every == 0 or t == args.iterations
-            if t % 10 == 0 or saves:  # not each time: to read a number is to wait for the GPU
+            tests = args.eval_every and t % args.eval_every == 0
+            if t % 10 == 0 or saves or tests:  # not each time: to read a number is to wait for the GPU
                 if not (loss.isfinite() and alpha > 0 and images.isfinite().all()):
                     raise UserError(f"diverged by iteration {t}: loss {loss:.4g}, alpha {alpha:.4g}; {result} is kept; "
-                                    f"lower {'--lr-alpha' if alpha <= 0 else '--alpha'}, --lr-img or --lr-w; --restart")
+                                    f"lower {'' if alpha <= 0 else '--alpha, '}--lr-alpha, --lr-img or --lr-w; --restart")
                 row = {"loss": loss.item(), "alpha": alpha.item(), **spread(W.detach())}
                 bar.set_postfix_str(" ".join(f"{key} {value:.4g}" for key, value in row.items()), refresh=False)
                 log.writerow({"iteration": t, "seconds": f"{time.time() - start:.2f}", **row})
                 file.flush()
             if saves:
                 checkpoint(t)
-            if args.eval_every and t % args.eval_every == 0:
+            if tests:
                 with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
                     evaluate(args, data, normalise, out, "distilled", lambda: (images.detach(), labels), "convnet",
                              {"alpha": alpha.item(), "iteration": t, "settings": settings}, compile=False)
@@ -875,8 +871,8 @@ def command_distill(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace, data: Dataset, normalise: Normalisation, out: Path, on: str, source, arch: str,
              result: dict, compile: bool | None = None) -> None:
-    """Train args.nets fresh networks, each on what `source()` returns, images and labels, and test them on the real test
-    set. Prints a row and appends it to out/results.jsonl. result: of distilled images alpha, settings and iteration."""
+    """Train args.nets fresh networks, each on what `source()` returns, images and labels, and test them on the real
+    test set. Prints a row and appends it to out/results.jsonl. result: alpha, settings and iteration if distilled."""
     epochs = args.eval_epochs or (args.epochs if on == "full" else 1000)
     lr = args.lr or result.get("alpha", args.lr_teacher)
     net, x = build(arch, data, args.width, args.depth).to(args.device), source()[0]
@@ -893,26 +889,26 @@ def evaluate(args: argparse.Namespace, data: Dataset, normalise: Normalisation, 
             matrices.append(confusion_matrix(net, theta, x_test, y_test).cpu())
     scores, seconds, total = [accuracy(m) for m in matrices], round(time.time() - start, 1), sum(matrices)
     mean, std = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
-    tqdm.write(f"{on:<12}{arch:<10}{f'{mean:.1f} ± {std:.1f} %':>14}{args.nets:>10}{epochs:>8}{lr:>10.5f}{seconds:>9.0f}"
-               + (f"  at iteration {result['iteration']}" if result else ""))
+    tqdm.write(f"{on:<12}{arch:<10}{f'{mean:.1f} ± {std:.1f} %':>14}{args.nets:>10}{epochs:>8}{lr:>10.5f}"
+               f"{seconds:>9.0f}" + (f"  at iteration {result['iteration']}" if result else ""))
     row = {"on": on, "arch": arch, "mean": mean, "std": std, "accuracies": scores, "epochs": epochs, "lr": lr,
            "dataset": data.name, "ipc": args.ipc, "seed": args.seed, "seconds": seconds, **result}
     if args.confusion or args.confusion is None and args.dataset == "covid":
         row["confusion"] = total.tolist()
         share = 100 * total / total.sum(1, keepdim=True)
-        print(f"  per cent of each class, a row, taken for each class; mean of the classes {share.diag().mean():.1f} %")
+        print(f"  confusion matrix in per cent, rows: true classes; mean accuracy of these {share.diag().mean():.1f} %")
         for name, shares in zip(data.classes, share.tolist()):
             print(f"  {name:<16}" + "".join(f"{value:7.1f}" for value in shares))
     with open(out / "results.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
 
 def open_result(args: argparse.Namespace) -> tuple[Dataset, Normalisation, dict | None, dict, Path, Path]:
-    """For eval and plot: data, normalisation, content of the distilled file; the rest of `prepare`; the file's path.
-    Without a distilled file its content is None, where that will do."""
+    """What eval and plot read: data, normalisation, content of the distilled file (None where there is none and none is
+    needed), the settings that teachers share with it, their folder, and its path."""
     given = args.command == "eval" and args.distilled
     content = load(given, *RESULT) if given else None
     for key in ("dataset", "ipc", "width", "depth", "zca"):  # a file from elsewhere brings its own settings
-        if content and (getattr(args, key) is None or key == "ipc"):
+        if content and getattr(args, key) is None:
             setattr(args, key, content["settings"].get(key))
     args.ipc = args.ipc or 1
     data, shared, folder, out = prepare(args, args.ipc)
@@ -922,6 +918,7 @@ def open_result(args: argparse.Namespace) -> tuple[Dataset, Normalisation, dict 
             raise UserError(f"{path} does not exist; run first: python iadd.py distill, with the same options")
         return data, Normalisation.fit(data.train[0], args.zca, args.device), None, shared, folder, path
     content = content or load(path, *RESULT)
+    args.ipc = content["settings"]["ipc"]  # under a --name of its own it can be any
     if content["classes"] != data.classes or tuple(content["images"].shape[1:]) != data.shape:
         raise UserError(f"{path} was distilled from other classes or image sizes than {data.name} has")
     if not given and (wrong := differences(content["settings"], shared)):
@@ -933,9 +930,10 @@ def command_eval(args: argparse.Namespace) -> None:
     """Train fresh networks on the distilled images and test them on real ones."""
     data, normalise, content, shared, folder, path = open_result(args)
     def herded():
-        theta = open_teachers(shared, folder)[0][-1].to(args.device)  # the first teacher, fully trained
+        teacher, = open_teachers(shared, folder, most=1)
+        print(f"herding by the features of teacher 000 after {len(teacher) - 1} epochs")
         net = build("convnet", data, args.width, args.depth).to(args.device)
-        return real_images(data, normalise, args.ipc, lambda x: herding(net, theta, x, args.ipc))
+        return real_images(data, normalise, args.ipc, lambda x: herding(net, teacher[-1].to(x.device), x, args.ipc))
     sources = {"distilled": lambda: (content["images"].to(args.device), content["labels"].to(args.device)),
                "random": lambda: real_images(data, normalise, args.ipc),  # drawn anew for each network
                "herding": functools.cache(herded),
@@ -943,14 +941,14 @@ def command_eval(args: argparse.Namespace) -> None:
     for arch, on in itertools.product(args.arch, args.on):  # whatever is wrong shows before hours of training
         build(arch, data, args.width, args.depth), sources[on]()
     path.parent.mkdir(parents=True, exist_ok=True)
+    open(path.parent / "results.jsonl", "a").close()  # says now if it cannot be written
     print(f"\n{data.name}, IPC {args.ipc}: test accuracy after the last epoch, mean ± standard deviation\n"
           f"{'trained on':<12}{'network':<10}{'accuracy':>14}{'networks':>10}{'epochs':>8}{'lr':>10}{'seconds':>9}")
     for on, arch in itertools.product(args.on, args.arch):
         result = {key: content[key] for key in ("alpha", "iteration", "settings")} if on == "distilled" else {}
         evaluate(args, data, normalise, path.parent, on, sources[on], arch, result, args.compile)
 
-# ------------------------------------------------------------------------------------------------
-# Figures
+# -------- Figures -----------------------------------------------------------------------------------------------------
 def command_plot(args: argparse.Namespace) -> None:
     """Draw the distilled images, the course of the distillation, and the weights W beside what they weigh."""
     try:
@@ -978,17 +976,20 @@ def command_plot(args: argparse.Namespace) -> None:
         for k, pixels in enumerate(normalise.inverse(x[order]).clamp(0, 1).expand(-1, 3, -1, -1).cpu()):
             axes[k // columns, left + k % columns].imshow(pixels.permute(1, 2, 0).numpy())
             axes[k // columns, left + k % columns].set_title(data.classes[labels[order[k]]][:16], fontsize=7, pad=2)
-    figure.suptitle(f"{data.name}: real images on the left; on the right {len(order)} of the {len(images)} distilled ones")
+    figure.suptitle(f"{data.name}: on the left real images, on the right {len(order)} of {len(images)} distilled ones")
     finish(figure, "images")
 
-    with open(path.with_name("log.csv")) as log, open(path.with_name("results.jsonl"), "a+") as results:
-        log = list(csv.DictReader(log))
-        results.seek(0)
-        tests = [row for row in map(json.loads, results) if row["on"] == "distilled" and row["settings"] == settings]
+    try:
+        with open(path.with_name("log.csv")) as log, open(path.with_name("results.jsonl"), "a+") as results:
+            log = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(log)]
+            results.seek(0)
+            tests = [row for row in map(json.loads, results) if row["on"] == "distilled" and row["settings"] == settings]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"log.csv or results.jsonl in {path.parent} is damaged: {error!r}") from None
     figure, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
     for ax, keys in zip(axes, (["loss"], ["alpha"], list(spread(W)))):
         for key in keys:
-            ax.plot([int(row["iteration"]) for row in log], [float(row[key]) for row in log], label=key)
+            ax.plot([row["iteration"] for row in log], [row.get(key, math.nan) for row in log], label=key)
     for arch in ARCHITECTURES:
         if last := {row["iteration"]: row for row in tests if row["arch"] == arch}:
             points = [[last[t][key] for t in sorted(last)] for key in ("iteration", "mean", "std")]
@@ -999,8 +1000,9 @@ def command_plot(args: argparse.Namespace) -> None:
     finish(figure, "curves")
 
     K, J, max_start, batch = (settings[key] for key in ("expert_epochs", "steps", "max_start_epoch", "batch"))
-    teachers, net = open_teachers(shared, folder, max_start - 1 + K), build("convnet", data, args.width, args.depth)
-    step, misses = student_step(net.to(args.device)), []
+    teachers = open_teachers(shared, folder, max_start - 1 + K, most=10)
+    net = build("convnet", data, args.width, args.depth).to(args.device)
+    step, misses = student_step(net), []
     for segment in random_segments(teachers, K, max_start, T=10):
         start, target = (on_device(theta, args.device) for theta in segment)
         misses.append((unroll(step, start, alpha, *student_batches(images, labels, batch, J)) - target).abs().cpu())
@@ -1014,8 +1016,7 @@ def command_plot(args: argparse.Namespace) -> None:
                 ax.axvline(end - layer.numel(), color="black", linestyle=":")
     finish(figure, "weights")
 
-# ------------------------------------------------------------------------------------------------
-# Bench: the runtime analysis of Section 4.2, and the rest of the method, on random data
+# -------- Bench: the runtime analysis of Section 4.2, and the rest of the method, on random data ----------------------
 def unrolled_step(net: nn.Module):
     """The step of Eq. (2) the obvious way, which is MTT's: the graph of all J steps is kept."""
     ell = flat_loss(net)
@@ -1037,7 +1038,7 @@ def median_seconds(runs, device: torch.device) -> float:
 def measure(ours: bool, task: str, batch: int, steps: int, width: int, device: torch.device, compiling: bool,
             repeats: int) -> tuple[float, float, float]:
     """Seconds a step (median), its floating-point operations, and peak memory in GB, of one task done in one way.
-    task: "distil", an iteration of Algorithm 1 with `steps` student steps of `batch` images, or "train", as many steps."""
+    task: "distil", an iteration of Algorithm 1 with `steps` steps of `batch` images, or "train", as many steps."""
     if ours:
         tune(device)
     n = batch if task == "distil" else batch * steps
@@ -1081,22 +1082,29 @@ def command_bench(args: argparse.Namespace) -> None:
             ("evaluation", "train", 10, 20 * J, 5000, "five networks, 1000 epochs")]:
         (slow, _, before), (fast, flops, after) = (
             measure_alone(ours, task, batch, steps, *settings, repeats) for ours in (False, True))
-        print(f"{f'{name}, batch {batch}':<22}{1000 * slow:>12.2f}{1000 * fast:>10.2f}{slow / fast:>7.2f}x"
-              f"{flops / fast / rate:>7.0%}{before:>7.2f} -> {after:>4.2f} GB  {what}: {count * fast:.2f} s", flush=True)
+        share = flops / fast / rate
+        print(f"{f'{name}, batch {batch}':<22}{1000 * slow:>12.2f}{1000 * fast:>10.2f}{slow / fast:>7.2f}x{share:>7.0%}"
+              f"{before:>7.2f} -> {after:>4.2f} GB  {what}: {count * fast:.2f} s", flush=True)
     for batch in (10,) if args.quick else (10, 100):
         few, many = (measure_alone(True, "distil", batch, J, *settings, 0)[2] for J in (5, 50))
         print(f"peak memory at batch {batch}: J = 5 {few:.2f} GB, J = 50 {many:.2f} GB ({many / few - 1:+.0%})")
 
-# ------------------------------------------------------------------------------------------------
-# Command line
-def at_least(low: float, kind: type = int, strict: bool = False):
-    """An argparse type: a number from `low` (above it, if strict) to a thousand million."""
+# -------- Command line ------------------------------------------------------------------------------------------------
+def at_least(low: float, kind: type = int, strict: bool = False, high: float = 1e9):
+    """An argparse type: a number from `low` (above it, if strict) to `high`."""
     def number(text):  # the name shows in argparse's message
         value = kind(text)
-        if not low <= value <= 1e9 or strict and value == low:
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if strict else 'at least'} {low} and below 1e9")
+        if not low <= value <= high or strict and value == low:
+            bound = f"{'above' if strict else 'at least'} {low} and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bound}")
         return value
     return number
+
+def folder_name(text: str) -> str:
+    """An argparse type: the name of a new folder beside that of the teachers."""
+    if Path(text).name != text or text in ("teachers", ".."):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be the name of a result's folder")
+    return text
 
 def make_parser() -> argparse.ArgumentParser:
     whole, above_zero, zero_up = at_least(1), at_least(0, float, strict=True), at_least(0, float)
@@ -1109,14 +1117,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--compile", action=switch, help="torch.compile; --no-compile: plain PyTorch (default: if the run is long)")
     add("--width", type=whole, help="channels of each convolution of the ConvNet (default: preset, 128 in the paper)")
     add = data.add_argument_group("data and files").add_argument
-    add("--dataset", help="cifar10, cifar100, tinyimagenet, covid, shapes, or a folder of {train,test}/<class>/* images "
+    add("--dataset", help="cifar10, cifar100, tinyimagenet, covid, shapes, or a folder of {train,test}/<class>/* "
         "(default: cifar10)")
     add("--classes", nargs="+", default=(), help="the classes to use, of image files (default: all)")
     add("--preset", choices=[name for name, in parse_table(TRAINING, 1)],
         help="whose settings hold where none are given (default: the dataset's own, for a folder cifar10's)")
     add("--data-dir", type=Path, default=Path("data"), help="folder or archive of the data, downloads (default: data)")
     add("--runs", type=Path, default=Path("runs"), help="where everything else is written (default: runs)")
-    add("--size", type=whole, help="side in pixels that image files are resized to (default: covid 112, others as they are)")
+    add("--size", type=whole, help="side in pixels to which image files are resized (default: covid 112, others not)")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
     add("--depth", type=whole, help="convolution blocks (default: by image size: 3 for 32 pixels, 4 for 64, 5 for 112)")
     add("--zca", action=switch, help="whiten by ZCA, or normalise each channel (default: preset)")
@@ -1124,12 +1132,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ipc", type=whole, help="distilled images per class (default: 1)")
     add("--method", choices=["iadd", "mtt", "ddpp"], default="iadd",
         help="mtt keeps the weights W at 1, ddpp drops what is hardest to match (default: iadd)")
-    add("--name", help="its folder (default: ipc<IPC>_<method>_seed<seed>)")
+    add("--name", type=folder_name, help="its folder's name (default: ipc<IPC>_<method>_seed<seed>)")
     add = evaluation.add_argument_group("evaluation").add_argument
     add("--nets", type=whole, default=5, help="networks of each kind, differently initialised (default: 5)")
     add("--eval-epochs", type=whole, help="epochs of training (default: 1000; on the full set the preset's 50)")
     add("--lr", type=above_zero, help="learning rate (default: the learned alpha; on real images the teachers')")
-    add("--confusion", action=switch, help="which class is taken for which (default: for covid)")
+    add("--confusion", action=switch, help="show and save the confusion matrix (default: for covid)")
 
     def command(name, function, *parents):
         presets = f"presets (default < preset < what is typed):\n{TRAINING}{MATCHING}" if data in parents else ""
@@ -1153,8 +1161,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr-alpha", type=zero_up, help="learning rate of alpha (default: preset)")
     add("--alpha", type=above_zero, help="alpha_0, the student's first learning rate (default: preset)")
     add("--lr-w", type=zero_up, default=1e-4, help="learning rate of the weights W (default: 1e-4, Section 4.1)")
-    add("--normalize-w", action="store_true", help="keep W at a root mean square of 1 (beyond the paper)")
-    add("--epsilon", type=zero_up, default=0.1, help="ddpp: share of the parameters that is dropped (default: 0.1)")
+    add("--normalize-w", action="store_true", help="iadd: keep W at a root mean square of 1 (beyond the paper)")
+    add("--epsilon", type=at_least(0, float, high=0.99), default=0.1, help="ddpp: share that is dropped (default: 0.1)")
     add("--checkpoint-every", type=whole, default=500, help="iterations between checkpoints (default: 500)")
     add("--eval-every", type=whole, help="iterations between evaluations, each like `eval` (default: none)")
     add("--restart", action="store_true", help="begin anew, the result that is there becomes distilled.old.pt")
@@ -1183,7 +1191,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # not for want of memory
             raise  # not the user's: show where
-        print(f"iadd.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"iadd.py: error: {(str(error) or repr(error)).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("iadd.py: interrupted; what has been written stays", file=sys.stderr)
@@ -1191,4 +1199,5 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without ±
     sys.exit(main())

@@ -4,7 +4,7 @@
 # ./run_all.sh DATASET [IPC]    the real thing: teachers, distill and eval with the paper's settings (IPC 1)
 # ./run_all.sh paper            the commands of the paper's tables; those that have been run are marked
 # ./run_all.sh paper CELL ...   runs those of a table, a column or a cell, such as table1/cifar10/ipc1 or table4/iadd
-# Further options go to every step (after -- for the paper): ./run_all.sh paper table4 -- --data-dir covid.zip
+# Options on data, files and the machine go to every step, here after --: ./run_all.sh paper table4 -- --data-dir covid.zip
 # Everything is installed into .venv; PYTHON=python3.12 ./run_all.sh chooses the interpreter that makes it.
 set -euo pipefail
 caller=$PWD
@@ -60,25 +60,26 @@ paper() {
     while [ $# -gt 0 ]; do
         [ "$1" = -- ] && { shift; options=("$@"); break; }
         wanted+=("$1")
-        cells | grep -qE "^$1(/| )" || { echo "run_all.sh: the paper has no cell $1, see ./run_all.sh paper" >&2; exit 2; }
+        cells | awk -v wanted="$1/" 'index($1 "/", wanted) == 1 { found = 1 } END { exit !found }' || { echo "run_all.sh: the paper has no cell $1, see ./run_all.sh paper" >&2; exit 2; }
         shift
     done
-    mkdir -p runs
-    touch "$finished"
+    [ ${#wanted[@]} = 0 ] || set_up
+    cd "$caller"
     while read -r name arguments <&3; do
-        line="python iadd.py $arguments${options[*]:+ ${options[*]}}"
         if [ ${#wanted[@]} = 0 ]; then
-            printf '%-34s%s%s\n' "$name" "$line" "$(grep -qxF "$line" "$finished" && echo '  # done' || true)"
+            line=$(grep -s "^$arguments --" "$finished" | tail -n 1 || true)
+            printf '%-34spython iadd.py %s%s\n' "$name" "$arguments" "${line:+  # done:${line#"$arguments"}}"
         fi
+        line="$arguments --${options[*]:+ ${options[*]}}"
         for prefix in ${wanted[@]+"${wanted[@]}"}; do
             [[ $name/ = "$prefix"/* ]] || continue
-            if grep -qxF "$line" "$finished"; then
+            if grep -sqxF -e "$line" "$finished"; then
                 echo "done already: $line"
             else
-                echo "== $name: $line"
+                echo "== $name: python iadd.py $arguments ${options[*]:-}"
                 # shellcheck disable=SC2086  # the arguments are words
                 "$python" "$script" $arguments ${options[@]+"${options[@]}"}
-                echo "$line" >>"$finished"
+                mkdir -p runs && echo "$line" >>"$finished"
             fi
             break
         done
@@ -96,7 +97,6 @@ case "${1:-}" in
         ;;
     paper)
         shift
-        [ $# = 0 ] || set_up
         paper "$@"
         ;;
     "")
@@ -108,8 +108,9 @@ case "${1:-}" in
         ;;
     *)
         set_up
-        dataset=$1 ipc=${2:-1}
-        shift $(($# < 2 ? $# : 2))
+        dataset=$1 ipc=1
+        shift
+        case ${1:-} in [0-9]*) ipc=$1 && shift ;; esac
         cd "$caller" # so that paths mean what they mean to the caller
         "$python" "$script" teachers --dataset "$dataset" --ipc "$ipc" "$@"
         "$python" "$script" distill --dataset "$dataset" --ipc "$ipc" "$@"

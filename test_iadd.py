@@ -644,7 +644,8 @@ def make_tiny_imagenet(root):
     rng, wnids = np.random.default_rng(0), ["n03", "n01", "n02"]
     (root / "val" / "images").mkdir(parents=True)
     (root / "wnids.txt").write_text("\n".join(wnids) + "\n")
-    (root / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn02\tbullfrog\nn09\tdog\nn03\tblack widow, spider\n")
+    words = ["n01\tgoldfish, Carassius auratus", "n02\tbullfrog", "n09\tdog", "n03\tblack widow, Latrodectus mactans"]
+    (root / "words.txt").write_text("\n".join(words) + "\n")
     for c, wnid in enumerate([*wnids, "n09"]):  # n09 is not in wnids.txt
         (root / "train" / wnid / "images").mkdir(parents=True)
         (root / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t9\t9\n")
@@ -675,7 +676,12 @@ def test_tiny_imagenet(tmp_path, above):
     grey = data.train[0][2].int()
     assert (grey[0] == grey[1]).all() and (grey[0] == grey[2]).all()
     assert [round(x) for x in data.test[0][:, 0].float().mean((1, 2)).tolist()] == [0, 10, 20, 40]
-    part = iadd.load_dataset("tinyimagenet", tmp_path / "data", tmp_path / "cache", None, ["bullfrog", "goldfish"])
+    words = next(tmp_path.rglob("words.txt"))
+    words.write_text(words.read_text().replace("black widow", "bullfrog"))  # two classes of one name
+    assert iadd.load_dataset("tinyimagenet", tmp_path / "data", tmp_path / "cache").classes == [
+        "bullfrog", "goldfish", "bullfrog n02"]
+    words.write_bytes(words.read_bytes().replace(b"bullfrog, L", b"black widow, L") + b"n07\tf\xe9vier\n")  # not UTF-8
+    part = iadd.load_dataset("tinyimagenet", tmp_path / "data", tmp_path / "cache", None, ["bullfrog", "goldfish"] * 2)
     assert part.name == "tinyimagenet-2classes" and part.classes == ["bullfrog", "goldfish"]
     assert part.train[1].tolist() == [1] * 4 + [0] * 4 and part.test[1].tolist() == [0, 1, 1]
 
@@ -705,11 +711,12 @@ def test_covid(tmp_path, layout, monkeypatch):
     assert data.train[1].bincount().tolist() == [16, 10, 24, 6] and data.test[1].bincount().tolist() == [4, 3, 6, 1]
     levels = [[x[0, 0, 0, 0].item() for x in part[0].split(1)] for part in (data.train, data.test)]
     for c, n in enumerate(counts.values()):  # every image once, no mask, none on both sides
-        mine = [[level for level, label in zip(*pair) if label == c] for pair in zip(levels, (data.train[1], data.test[1]))]
+        parts = zip(levels, (data.train[1], data.test[1]))
+        mine = [[level for level, label in zip(*pair) if label == c] for pair in parts]
         assert sorted(mine[0] + mine[1]) == list(range(n)) and sorted(mine[1]) != list(range(n - len(mine[1]), n))
 
-    glob = Path.glob  # a file system that lists the other way round
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: reversed(list(glob(self, pattern))))
+    iterdir = Path.iterdir  # a file system that lists the other way round
+    monkeypatch.setattr(Path, "iterdir", lambda self: reversed(list(iterdir(self))))
     again = iadd.load_dataset("covid", tmp_path / "a", tmp_path / "other")
     assert torch.equal(again.train[0], data.train[0]) and torch.equal(again.test[0], data.test[0])
     part = iadd.load_dataset("covid", tmp_path / "a", tmp_path / "cache", 32, ["Normal", "COVID"])
@@ -721,7 +728,7 @@ def test_covid_counts_of_the_paper(monkeypatch):
     counts = {"COVID": 3616, "Lung_Opacity": 6012, "Normal": 10192, "Viral Pneumonia": 1345}
     monkeypatch.setattr(Path, "is_dir", lambda self: True)
     monkeypatch.setattr(iadd, "find_root", lambda *_: Path("x"))
-    monkeypatch.setattr(iadd, "image_files", lambda folder, _: [
+    monkeypatch.setattr(iadd, "image_files", lambda folder: [
         folder / f"{folder.parent.name}-{k}.png" for k in range(counts[folder.parent.name])])
     classes, train, test = iadd.list_covid(Path("x"))
     assert (len(train), len(test)) == (16_933, 4_232)  # Section 4.1
@@ -730,8 +737,9 @@ def test_covid_counts_of_the_paper(monkeypatch):
 
 
 def test_manual_downloads_are_explained(tmp_path):
+    kaggle = "kaggle.com/datasets/tawsifurrahman/covid19-radiography-database"
     for name, page, layout in (("tinyimagenet", "cs231n.stanford.edu/tiny-imagenet-200.zip", "wnids.txt"),
-                               ("covid", "kaggle.com/datasets/tawsifurrahman/covid19-radiography-database", "images/*.png")):
+                               ("covid", kaggle, "images/*.png")):
         with pytest.raises(UserError) as error:
             iadd.load_dataset(name, tmp_path, tmp_path / "cache")
         message = str(error.value)
@@ -915,6 +923,30 @@ def test_restarting_twice_does_not_lose_the_result(run):
     assert iadd.load(folder / "twice" / "distilled.old.pt")["iteration"] == 2
 
 
+def test_a_failing_restart_moves_nothing(run, capsys):
+    tmp, options, folder, _ = run
+    words = ["distill", *options, "--iterations", 2, "--steps", 2, "--name", "steady"]
+    assert command(*words) == 0
+    assert "class cat has 12" in refused(capsys, *words, "--restart", "--ipc", 13, "--zca", "--max-start-epoch", 1)
+    assert iadd.load(folder / "steady" / "distilled.pt")["iteration"] == 2
+
+
+def test_the_name_of_a_result_stays_in_its_place(run, capsys):
+    tmp, options, *_ = run
+    for name in ("teachers", "../../out", str(tmp / "out"), ".."):
+        assert "cannot be the name" in refused(capsys, "distill", *options, "--name", name)
+
+
+def test_eval_takes_the_ipc_of_the_file(run, capsys):
+    tmp, options, folder, _ = run
+    words = ["--iterations", 1, "--steps", 2, "--name", "four", "--max-start-epoch", 1, "--zca"]
+    assert command("distill", *options, "--ipc", 4, *words) == 0
+    capsys.readouterr()
+    assert command("eval", *options, "--name", "four", "--on", "distilled", "random", "--nets", 1, "--eval-epochs", 1) == 0
+    rows = [json.loads(line) for line in open(folder / "four" / "results.jsonl")]
+    assert [row["ipc"] for row in rows] == [4, 4] and "IPC 4" in capsys.readouterr().out
+
+
 def test_mtt_keeps_the_weights_at_one(run):
     tmp, options, folder, _ = run
     assert command("distill", *options, "--iterations", 2, "--steps", 2, "--method", "mtt", "--lr-w", 10) == 0
@@ -928,10 +960,11 @@ def test_weights_move_at_the_papers_learning_rate(run):
 
 
 @pytest.mark.parametrize("words, says", [
+    (["--lr-alpha", 1e6, "--eval-every", 1, "--nets", 1, "--eval-epochs", 1], "lower --lr-alpha"),
     (["--lr-w", 1e9], "or --lr-w"), (["--lr-alpha", 1e6], "lower --lr-alpha"), (["--alpha", 1e9], "lower --alpha")])
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(run, capsys, words, says):
     tmp, options, folder, _ = run
-    seed = 100 + len(says)
+    seed = 100 + len(words) + len(says)
     distill = ["distill", *options, "--steps", 3, "--seed", seed, "--restart"]
     assert command(*distill, "--iterations", 2) == 0
     assert command(*distill, "--iterations", 40, "--checkpoint-every", 1, *words) == 2
@@ -962,7 +995,7 @@ def test_eval_all_architectures(run, capsys):
 def test_confusion_matrix_of_eval(run, capsys):
     tmp, options, folder, out = run
     words = ["eval", *options, "--on", "random", "--nets", 3, "--eval-epochs", 1]
-    assert command(*words) == 0 and "taken for" not in capsys.readouterr().out
+    assert command(*words) == 0 and "confusion" not in capsys.readouterr().out
     assert command(*words, "--confusion") == 0
     row = json.loads((out / "results.jsonl").read_text().splitlines()[-1])
     matrix = np.array(row["confusion"])
@@ -970,7 +1003,7 @@ def test_confusion_matrix_of_eval(run, capsys):
     lines = capsys.readouterr().out.splitlines()
     shares = [line.split() for line in lines if line.split()[:1] and line.split()[0] in ("cat", "dog", "emu")]
     assert [[float(v) for v in share[1:]] for share in shares] == (100 * matrix / 9).round(1).tolist()
-    assert f"mean of the classes {row['mean']:.1f} %" in "".join(lines)  # the classes are of one size
+    assert f"mean accuracy of these {row['mean']:.1f} %" in "".join(lines)  # the classes are of one size
 
 
 def test_herding_is_a_fixed_choice_of_real_images(run, capsys, monkeypatch):
@@ -1029,6 +1062,11 @@ def test_eval_every_changes_nothing_and_plot_shows_it(run, capsys):
         with Image.open(folder / "watched" / name) as figure:
             assert min(figure.size) > 150 and len(set(figure.convert("L").tobytes())) > 50
     assert "does not exist; run first" in refused(capsys, "plot", *options, "--name", "nothing")
+    with open(folder / "watched" / "results.jsonl", "a") as results:
+        results.write('{"on": "disti')  # cut short
+    assert "results.jsonl in" in refused(capsys, "plot", *options, "--name", "watched")
+    (folder / "watched" / "log.csv").unlink()
+    assert "log.csv" in refused(capsys, "plot", *options, "--name", "watched")
 
 
 def test_plot_draws_what_it_says(run, monkeypatch):
@@ -1061,7 +1099,7 @@ def test_covid_from_end_to_end(tmp_path, capsys):
     assert command("distill", *options, "--ipc", 2, "--max-start-epoch", 1, "--iterations", 2, "--steps", 2) == 0
     assert command("eval", *options, "--ipc", 2, "--on", "distilled", "full", "--nets", 2, "--eval-epochs", 2) == 0
     out = capsys.readouterr().out
-    assert out.count("mean of the classes") == 2 and "covid-2classes-32px: 20 training and 5 test" in out
+    assert out.count("confusion matrix") == 2 and "covid-2classes-32px: 20 training and 5 test" in out
     rows = [json.loads(line) for line in open(next(tmp_path.rglob("results.jsonl")))]
     assert all(np.array(row["confusion"]).sum(1).tolist() == [4, 6] for row in rows)
     assert command("plot", *options, "--ipc", 2) == 0
@@ -1090,6 +1128,46 @@ def test_help_explains_every_option():
         for option in options:
             assert "(default: " in option or option.startswith(("--restart", "--quick", "--normalize-w")), option
         assert name == "bench" or "cifar100       50     80" in text
+
+
+def test_run_all_paper(tmp_path):
+    """Lists every cell; runs the chosen ones, in order; after a failure it goes on where it stopped."""
+    here = Path(iadd.__file__).parent
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name, copy in (("run_all.sh", "run_all.sh"), ("requirements.txt", "requirements.txt"),
+                       ("requirements.txt", ".venv/installed")):
+        shutil.copy(here / name, tmp_path / copy)
+    python = tmp_path / ".venv" / "bin" / "python"  # a stand-in that writes down what it is told
+    python.write_text('#!/bin/sh\necho "$@" >> "$LOG"\n[ ! -e "$FAIL" ] || ! echo "$2" | grep -q distill\n')
+    python.chmod(0o755)
+    (tmp_path / "elsewhere").mkdir()
+
+    def paper(*words):
+        environment = {**os.environ, "LOG": str(tmp_path / "log"), "FAIL": str(tmp_path / "fail")}
+        (tmp_path / "log").write_text("")
+        run = subprocess.run([tmp_path / "run_all.sh", "paper", *words], capture_output=True, text=True,
+                             cwd=tmp_path / "elsewhere", env=environment)
+        return run.returncode, run.stdout, [line.split(" ", 1)[1] for line in open(tmp_path / "log")]
+
+    code, listing, ran = paper()
+    names = {line.split()[0] for line in listing.splitlines()}
+    assert code == 0 and not ran and len(names) == 8 * 5 + 3 + 3 + 4  # Table 1 with its full rows, Tables 3 and 4
+    for line in listing.splitlines():  # every command is one that iadd.py understands
+        iadd.make_parser().parse_args(line.split("iadd.py ")[1].split())
+    (tmp_path / "fail").touch()
+    words = ["table4/iadd", "table1/cifar10/ipc1/random", "--", "--width", "8"]
+    code, _, ran = paper(*words)
+    assert code == 1 and [line.split()[0] for line in ran] == ["eval", "teachers", "distill"]
+    assert ran[0] == "eval --dataset cifar10 --ipc 1 --on random --width 8\n"
+    (tmp_path / "fail").unlink()
+    code, _, ran = paper(*words)
+    assert code == 0 and [line.split()[0] for line in ran] == ["distill", "eval"]
+    assert paper(*words)[2] == [] and (tmp_path / "elsewhere" / "runs" / "paper_done.txt").exists()
+    assert "# done: -- --width 8" in paper()[1]
+    assert paper("table4/iadd")[2][1] == "distill --dataset covid --ipc 20 --method iadd\n"  # other options: another run
+    assert paper("table1/cifar10/ipc1")[2][-1].startswith("eval --dataset cifar10 --ipc 1 ")  # not ipc10
+    assert paper()[1].count("# done") == 13 + 3 + 2  # two more cells have the same first command
+    assert paper("table9")[0] == 2
 
 
 # ---- bad input: one clear line, exit code 2 -------------------------------------------------------
@@ -1136,6 +1214,8 @@ def test_bad_datasets(tmp_path, capsys, monkeypatch):
     assert "train/<class>/" in says("--dataset", tmp_path / "empty")
     message = says("--dataset", make_folder(tmp_path / "one", ["cat"]))
     assert "two or more classes, each with training and with test images; look at cat" in message
+    (tmp_path / "one" / "train" / "dog").mkdir()
+    assert "look at cat" in says("--dataset", tmp_path / "one")
     root = make_folder(tmp_path / "odd")
     (root / "test" / "emu").rename(root / "test" / "fox")
     assert "look at emu, fox" in says("--dataset", root)
@@ -1150,7 +1230,7 @@ def test_bad_datasets(tmp_path, capsys, monkeypatch):
     message = says("--dataset", root)
     assert "test/dog/2.png has 32x40" in message and "--size" in message
     assert "--no-zca" in says("--dataset", make_folder(tmp_path / "large", size=90), "--ipc", 1)
-    assert "--size and --classes are for image files" in says("--dataset", "shapes", "--size", 8)
+    assert "--size and --classes are for datasets of image files, not for shapes" in says("--dataset", "shapes", "--size", 8)
     assert "convnet needs images of 128 pixels" in says("--dataset", "shapes", "--depth", 7)
 
     def no_network(*args, **kwargs):
@@ -1167,7 +1247,7 @@ def test_bad_datasets(tmp_path, capsys, monkeypatch):
     (["distill", "--ipc", 0], "0 is not at least 1"),
     (["distill", "--alpha", 0], "0 is not above 0"),
     (["distill", "--lr-img", "nan"], "nan is not at least 0"),
-    (["distill", "--lr-img", "inf"], "inf is not at least 0 and below"),
+    (["distill", "--lr-img", "inf"], "inf is not at least 0 and at most"),
     (["distill", "--method", "magic"], "invalid choice: 'magic'"),
     (["eval", "--arch", "vgg99"], "invalid choice: 'vgg99'"),
     (["eval", "--device", "toaster"], "toaster cannot be used here"),
