@@ -854,8 +854,9 @@ def command_distill(args: argparse.Namespace) -> None:
             tests = args.eval_every and t % args.eval_every == 0
             if t % 10 == 0 or saves or tests:  # not each time: to read a number is to wait for the GPU
                 if not (loss.isfinite() and alpha > 0 and images.isfinite().all()):
+                    rates = ("" if alpha <= 0 else "--alpha, ") + "--lr-alpha, --lr-img or --lr-w"
                     raise UserError(f"diverged by iteration {t}: loss {loss:.4g}, alpha {alpha:.4g}; {result} is kept; "
-                                    f"lower {'' if alpha <= 0 else '--alpha, '}--lr-alpha, --lr-img or --lr-w; --restart")
+                                    f"--restart with a lower {rates}")
                 row = {"loss": loss.item(), "alpha": alpha.item(), **spread(W.detach())}
                 bar.set_postfix_str(" ".join(f"{key} {value:.4g}" for key, value in row.items()), refresh=False)
                 log.writerow({"iteration": t, "seconds": f"{time.time() - start:.2f}", **row})
@@ -983,7 +984,8 @@ def command_plot(args: argparse.Namespace) -> None:
         with open(path.with_name("log.csv")) as log, open(path.with_name("results.jsonl"), "a+") as results:
             log = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(log)]
             results.seek(0)
-            tests = [row for row in map(json.loads, results) if row["on"] == "distilled" and row["settings"] == settings]
+            tests = [row for row in map(json.loads, results)
+                     if row["on"] == "distilled" and row["settings"] == settings]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"log.csv or results.jsonl in {path.parent} is damaged: {error!r}") from None
     figure, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")

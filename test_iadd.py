@@ -960,8 +960,8 @@ def test_weights_move_at_the_papers_learning_rate(run):
 
 
 @pytest.mark.parametrize("words, says", [
-    (["--lr-alpha", 1e6, "--eval-every", 1, "--nets", 1, "--eval-epochs", 1], "lower --lr-alpha"),
-    (["--lr-w", 1e9], "or --lr-w"), (["--lr-alpha", 1e6], "lower --lr-alpha"), (["--alpha", 1e9], "lower --alpha")])
+    (["--lr-alpha", 1e6, "--eval-every", 1, "--nets", 1, "--eval-epochs", 1], "a lower --lr-alpha"),
+    (["--lr-w", 1e9], "or --lr-w"), (["--lr-alpha", 1e6], "a lower --lr-alpha"), (["--alpha", 1e9], "a lower --alpha")])
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(run, capsys, words, says):
     tmp, options, folder, _ = run
     seed = 100 + len(words) + len(says)
