@@ -845,6 +845,7 @@ def command_distill(args: argparse.Namespace) -> None:
         "batch", "lr_img", "lr_alpha", "lr_w", "method", "epsilon", "normalize_w")}
     losses = iadd(student_step(net, compile), images, labels, alpha, W, teachers, T=args.iterations, J=args.steps,
                   K=args.expert_epochs, max_start=args.max_start_epoch, record=record, **options)
+    test = (normalise(data.test[0]), data.test[1].to(args.device)) if args.eval_every else None
     start = time.time()
     with open(out / "log.csv", "w", newline="") as file, progress_bar(losses, total=args.iterations, unit="it") as bar:
         log = csv.DictWriter(file, ["iteration", "seconds", "loss", "alpha", *spread(W)])
@@ -865,19 +866,18 @@ def command_distill(args: argparse.Namespace) -> None:
                 checkpoint(t)
             if tests:
                 with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
-                    evaluate(args, data, normalise, out, "distilled", lambda: (images.detach(), labels), "convnet",
+                    evaluate(args, data, test, out, "distilled", lambda: (images.detach(), labels), "convnet",
                              {"alpha": alpha.item(), "iteration": t, "settings": settings}, compile=False)
     print(f"{args.iterations} iterations in {time.time() - start:.0f} s, peak memory {peak_memory(args.device):.2f} GB;"
           f" loss {loss:.4f}, alpha {args.alpha:g} -> {alpha.item():.5f}; {result}")
 
-def evaluate(args: argparse.Namespace, data: Dataset, normalise: Normalisation, out: Path, on: str, source, arch: str,
-             result: dict, compile: bool | None = None) -> None:
-    """Train args.nets fresh networks, each on what `source()` returns, images and labels, and test them on the real
-    test set. Prints a row and appends it to out/results.jsonl. result: alpha, settings and iteration if distilled."""
+def evaluate(args: argparse.Namespace, data: Dataset, test: tuple[Tensor, Tensor], out: Path, on: str, source,
+             arch: str, result: dict, compile: bool | None = None) -> None:
+    """Train args.nets fresh networks, each on what `source()` returns, images and labels, and test them on `test`, the
+    same. Prints a row and appends it to out/results.jsonl. result: alpha, settings and iteration if distilled."""
     epochs = args.eval_epochs or (args.epochs if on == "full" else 1000)
     lr = args.lr or result.get("alpha", args.lr_teacher)
     net, x = build(arch, data, args.width, args.depth).to(args.device), source()[0]
-    x_test, y_test = normalise(data.test[0]), data.test[1].to(args.device)
     batch = min(args.batch_real, len(x))
     steps = args.nets * epochs * math.ceil(len(x) / batch)
     compile, record = accelerators(net, x[:batch], 3 * steps, compile)
@@ -887,7 +887,7 @@ def evaluate(args: argparse.Namespace, data: Dataset, normalise: Normalisation, 
             seed_all(args.seed, "eval", on, arch, k)
             theta = flat_parameters(build(arch, data, args.width, args.depth))
             theta = train_network(ell, theta, *source(), epochs, lr, batch, bar.update)
-            matrices.append(confusion_matrix(net, theta, x_test, y_test).cpu())
+            matrices.append(confusion_matrix(net, theta, *test).cpu())
     scores, seconds, total = [accuracy(m) for m in matrices], round(time.time() - start, 1), sum(matrices)
     mean, std = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
     tqdm.write(f"{on:<12}{arch:<10}{f'{mean:.1f} ± {std:.1f} %':>14}{args.nets:>10}{epochs:>8}{lr:>10.5f}"
@@ -932,7 +932,7 @@ def command_eval(args: argparse.Namespace) -> None:
     data, normalise, content, shared, folder, path = open_result(args)
     def herded():
         teacher, = open_teachers(shared, folder, most=1)
-        print(f"herding by the features of teacher 000 after {len(teacher) - 1} epochs")
+        print(f"herding by the features of the first teacher after {len(teacher) - 1} epochs")
         net = build("convnet", data, args.width, args.depth).to(args.device)
         return real_images(data, normalise, args.ipc, lambda x: herding(net, teacher[-1].to(x.device), x, args.ipc))
     sources = {"distilled": lambda: (content["images"].to(args.device), content["labels"].to(args.device)),
@@ -941,13 +941,14 @@ def command_eval(args: argparse.Namespace) -> None:
                "full": functools.cache(lambda: (normalise(data.train[0]), data.train[1].to(args.device)))}
     for arch, on in itertools.product(args.arch, args.on):  # whatever is wrong shows before hours of training
         build(arch, data, args.width, args.depth), sources[on]()
+    test = normalise(data.test[0]), data.test[1].to(args.device)
     path.parent.mkdir(parents=True, exist_ok=True)
     open(path.parent / "results.jsonl", "a").close()  # says now if it cannot be written
     print(f"\n{data.name}, IPC {args.ipc}: test accuracy after the last epoch, mean ± standard deviation\n"
           f"{'trained on':<12}{'network':<10}{'accuracy':>14}{'networks':>10}{'epochs':>8}{'lr':>10}{'seconds':>9}")
     for on, arch in itertools.product(args.on, args.arch):
         result = {key: content[key] for key in ("alpha", "iteration", "settings")} if on == "distilled" else {}
-        evaluate(args, data, normalise, path.parent, on, sources[on], arch, result, args.compile)
+        evaluate(args, data, test, path.parent, on, sources[on], arch, result, args.compile)
 
 # -------- Figures -----------------------------------------------------------------------------------------------------
 def command_plot(args: argparse.Namespace) -> None:

@@ -60,7 +60,10 @@ paper() {
     while [ $# -gt 0 ]; do
         [ "$1" = -- ] && { shift; options=("$@"); break; }
         wanted+=("$1")
-        cells | awk -v wanted="$1/" 'index($1 "/", wanted) == 1 { found = 1 } END { exit !found }' || { echo "run_all.sh: the paper has no cell $1, see ./run_all.sh paper" >&2; exit 2; }
+        cells | awk -v wanted="$1/" 'index($1 "/", wanted) == 1 { found = 1 } END { exit !found }' || {
+            echo "run_all.sh: the paper has no cell $1, see ./run_all.sh paper" >&2
+            exit 2
+        }
         shift
     done
     [ ${#wanted[@]} = 0 ] || set_up
