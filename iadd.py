@@ -31,14 +31,15 @@ Glossary
     max_start    a student starts at a teacher epoch i < max_start      I+, --max-start-epoch
     DSA, IPC     differentiable Siamese augmentation; images per class  script A, [47]; --ipc
 """
-import argparse, csv, ctypes, functools, hashlib, itertools, json, math, multiprocessing, os, shutil, statistics, sys
-import time, zlib
+import argparse, contextlib, csv, ctypes, datetime, functools, hashlib, io, itertools, json, math, multiprocessing, os
+import platform, random, shutil, signal, socket, statistics, sys, time, warnings, zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
@@ -99,24 +100,34 @@ def differences(found: dict, wanted: dict) -> str:
     """Says in words where `found` departs from `wanted` ("width 32, not 128"); empty if nowhere."""
     return ", ".join(f"{k} {found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v)
 
-# -------- Files (written whole or not at all, read as data and never as code), progress, memory -----------------------
+# -------- Files: written whole or not at all, read as data and never as code, one writer a folder ---------------------
 def checksum(content: dict) -> str:
     """Of a dict of CPU tensors and plain values."""
     parts = (value.contiguous().numpy() if isinstance(value, Tensor) else repr(value).encode()
              for _, value in sorted(content.items()))
     return f"{functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0):08x}"
 
-def save(content: dict, path: Path) -> None:
-    """torch.save under a temporary name, then a rename: `path` never holds half a file."""
+def write(path: Path, content) -> None:
+    """Bytes to a temporary file, which is then renamed: whatever happens, `path` is the old file or the new, whole."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({**content, "checksum": checksum(content)}, temporary)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+def save(content: dict, path: Path) -> None:
+    """What torch.save makes of `content` and its checksum."""
+    buffer = io.BytesIO()
+    torch.save({**content, "checksum": checksum(content)}, buffer)
+    write(path, buffer.getbuffer())
 
 def load(path: Path, *keys: str) -> dict:
     """What `save` wrote, its tensors memory-mapped. Raises UserError if the file is missing, damaged or another's."""
@@ -132,6 +143,76 @@ def load(path: Path, *keys: str) -> dict:
 
 RESULT = "images", "labels", "alpha", "W", "mean", "scale", "classes", "settings", "iteration"  # of distilled.pt
 
+def append_line(path: Path, line: str) -> None:
+    """By one write, so that lines of several runs do not mix; taken back if the disk does not hold all of it."""
+    with open(path, "ab", buffering=0) as file:
+        size, content = file.tell(), f"{line}\n".encode()
+        if file.write(content) < len(content):
+            file.truncate(size)
+            raise UserError(f"cannot write {path}: the disk is full")
+
+@contextlib.contextmanager
+def exclusive(folder: Path):
+    """Meanwhile no other run may write into `folder`: it gets a UserError. The lock ends with the process, however that
+    ends. Where a file system, or Windows, has no locks, there is none."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "a") as lock:
+        try:
+            import fcntl
+            RANK == 0 and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {folder}: wait for it, or choose another --name or --runs") from None
+        except (ImportError, OSError):
+            pass
+        for left_by_a_killed_run in folder.glob("*.tmp") if RANK == 0 else ():
+            left_by_a_killed_run.unlink()
+        yield
+
+def set_aside(folder: Path, *patterns: str) -> None:
+    """Moves the files of these names into folder/old, in place of what --restart moved there before."""
+    shutil.rmtree(folder / "old", ignore_errors=True)
+    (folder / "old").mkdir()
+    for file in [file for pattern in patterns for file in folder.glob(pattern)]:
+        file.replace(folder / "old" / file.name)
+
+# -------- Several processes, and interruptions ------------------------------------------------------------------------
+# torchrun starts the processes, the "ranks". Teachers, students' mini-batches and evaluated networks are shared out and
+# the results added up. Rank 0 prints and writes; the others write their teachers.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+class RankError(UserError):
+    """Of one rank alone, which therefore says so itself, whatever its number."""
+
+def total(x: Tensor) -> Tensor:
+    """The sum of x over all ranks, in place; everybody waits for it. Raises RankError if one of them has ended."""
+    try:
+        if RANKS > 1:
+            torch.distributed.all_reduce(x)
+    except RuntimeError as error:
+        raise RankError(f"another process of this job has ended ({str(error).splitlines()[0]})") from None
+    return x
+
+@contextlib.contextmanager
+def rank_0_first():
+    """What is inside rank 0 does before the others, who find its files."""
+    if RANK > 0:
+        total(torch.zeros(1))
+    try:
+        yield
+    finally:
+        if RANK == 0:
+            total(torch.zeros(1))
+
+def interrupt(number: int, frame) -> None:
+    """Answers SIGINT (Ctrl-C) and SIGTERM."""
+    raise KeyboardInterrupt(number)
+
+def on_signals(answer) -> None:
+    """From now on `answer` answers SIGINT and SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, answer)
+
+# -------- Progress, memory --------------------------------------------------------------------------------------------
 def progress_bar(iterable=None, **options) -> tqdm:
     """tqdm, but with one line in half a minute where the output is not a terminal."""
     return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
@@ -293,9 +374,13 @@ def read_dataset(name: str, listing: tuple[list, list, list], only: list[str], c
     stamps = [(str(f.resolve()), s.st_size, s.st_mtime_ns) for f in files for s in [f.stat()]]
     path = cache / f"{name}-{checksum({'size': size, 'mode': mode, 'files': stamps})}.pt"
     if not path.exists():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # images of more than 89 million pixels
         with ThreadPoolExecutor() as pool:
-            reading = pool.map(lambda file: read_image(file, size, mode), files)
-            arrays = list(progress_bar(reading, desc=f"reading {name}", total=len(files), unit="image"))
+            reading = [pool.submit(read_image, file, size, mode) for file in files]
+            try:
+                arrays = [r.result() for r in progress_bar(reading, desc=f"reading {name}", unit="image")]
+            finally:
+                pool.shutdown(cancel_futures=True)
         side, channels = arrays[0].shape[0], max(array.shape[2] for array in arrays)
         for file, array in zip(files, arrays):
             if array.shape[:2] != (side, side):
@@ -486,6 +571,9 @@ def flat_parameters(net: nn.Module) -> Tensor:
 
 def functional(net: nn.Module):
     """`net` as predict(theta, x): (P,), (B, C, H, W) -> (B, classes). Of `net` itself only the structure is used."""
+    if isinstance(next(net.buffers(), None), Tensor):
+        raise UserError("the network has state beside its parameters, such as the running statistics of BatchNorm, "
+                        "which trajectory matching would leave out: use GroupNorm")
     names, shapes = zip(*((name, p.shape) for name, p in net.named_parameters()))
     sizes = [shape.numel() for shape in shapes]
     def predict(theta: Tensor, x: Tensor) -> Tensor:
@@ -573,18 +661,17 @@ def train(ell, theta: Tensor, optimizer: torch.optim.Optimizer, x: Tensor, y: Te
             optimizer.step()
         progress(len(index))
 
-def train_teacher(ell, theta: Tensor, x: Tensor, y: Tensor, epochs: int, seed: tuple, lr: float = 0.01,
-                  batch: int = 256, progress=lambda steps: None) -> Tensor:
-    """A teacher's trajectory theta_0 ... theta_epochs on the CPU, (epochs + 1, P), float32 (Section 3.1).
-    theta: the trajectory so far, (1 or more, P). SGD without momentum has no state but its last row, and each
-    epoch has its own random stream, so it goes on exactly as if it had never stopped."""
-    snapshots, theta = list(theta), theta[-1].to(x.device, copy=True).requires_grad_()
+def train_teacher(ell, theta: Tensor, x: Tensor, y: Tensor, epochs: range, seed: tuple, lr: float = 0.01,
+                  batch: int = 256, progress=lambda steps: None):
+    """Yields a teacher's parameters, (P,) on the CPU, after each of the epochs, from theta (P,) on (Section 3.1). SGD
+    without momentum has no other state, and each epoch has its own random stream, so that a trajectory goes on from any
+    of its points exactly as if it had never stopped."""
+    theta = theta.to(x.device, copy=True).requires_grad_()
     optimizer = torch.optim.SGD([theta], lr)
-    for epoch in range(len(snapshots) - 1, epochs):
+    for epoch in epochs:
         seed_all(*seed, "epoch", epoch)
         train(ell, theta, optimizer, x, y, 1, batch, progress)
-        snapshots.append(theta.detach().to("cpu", copy=True))  # a copy, not a view of the live weights
-    return torch.stack(snapshots)
+        yield theta.detach().to("cpu", copy=True)  # a copy, not a view of the live weights
 
 def train_network(ell, theta: Tensor, x: Tensor, y: Tensor, epochs: int, lr: float, batch: int = 256,
                   progress=lambda steps: None) -> Tensor:
@@ -610,36 +697,41 @@ def accuracy(confusion: Tensor) -> float:
     return 100 * (confusion.trace() / confusion.sum()).item()
 
 # -------- IADD: Section 3, Algorithm 1 --------------------------------------------------------------------------------
-def student_step(net: nn.Module, compile=plain):
+def student_step(net: nn.Module, compile=plain, batch: int | None = None):
     """One step of Eq. (2), step(theta, alpha, x, y) = theta - alpha grad ell, differentiable in theta, alpha and x.
 
     Unrolling J such steps with create_graph=True would keep every activation of all of them. This keeps the
     step's inputs only, and its backward pass runs the step again, as one vector-Jacobian product: the same gradients,
-    and the activations of a single step at a time."""
+    and the activations of a single step at a time.
+
+    Of several ranks, each has a share of the mini-batch of `batch` images. The step is the sum of what they compute,
+    and so is its derivative in theta. The derivatives in alpha and x are parts, whose sum can wait until the end."""
     ell = flat_loss(net)
-    def step(theta, alpha, x, y):
-        return theta - alpha * torch.func.grad(ell)(theta, x, y)
+    def share(theta, alpha, x, y):
+        return theta / RANKS - alpha * (len(x) / (batch or len(x))) * torch.func.grad(ell)(theta, x, y)
     def back(v, theta, alpha, x, y):
-        _, vjp = torch.func.vjp(lambda *inputs: step(*inputs, y), theta, alpha, x)
+        _, vjp = torch.func.vjp(lambda *inputs: share(*inputs, y), theta, alpha, x)
         return vjp(v)
-    fast_step, fast_back = compile(step), compile(back)
+    fast_share, fast_back = compile(share), compile(back)
     class StudentStep(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             ctx.save_for_backward(*inputs)
-            return fast_step(*inputs)
+            return total(fast_share(*inputs))
 
         @staticmethod
         def backward(ctx, v):
-            return *fast_back(v, *ctx.saved_tensors), None  # nothing for y
+            d_theta, d_alpha, d_x = fast_back(v, *ctx.saved_tensors)
+            return total(d_theta), d_alpha, d_x, None  # nothing for y
     return StudentStep.apply
 
 def student_batches(images: Tensor, labels: Tensor, batch: int, J: int) -> tuple[Tensor, Tensor]:
     """J augmented mini-batches (line 7, Eq. (1)), (J, batch, C, H, W) and (J, batch), differentiable in the images
-    (N, C, H, W). These stay as they are for an iteration, so that all can be made at once."""
+    (N, C, H, W). These stay as they are for an iteration, so that all can be made at once. Of several ranks, each makes
+    the same and gets its share."""
     index = minibatches(len(images), batch, J, images.device)
     x = images.index_select(0, index.flatten())  # on a CPU images[index] would add its gradients in any order
-    return augment(x.view(J, batch, *images.shape[1:])), labels[index]
+    return augment(x.view(J, batch, *images.shape[1:]))[:, RANK::RANKS], labels[index][:, RANK::RANKS]
 
 def unroll(step, theta: Tensor, alpha: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The student's parameters (P,) after a step on each of the mini-batches x (J, batch, C, H, W), y (J, batch)."""
@@ -659,40 +751,47 @@ def weigh(method: str, W: Tensor, d: Tensor, epsilon: float = 0.1) -> Tensor:
             W.copy_(d.abs() <= d.abs().kthvalue(max(1, round((1 - epsilon) * len(d)))).values)
     return W if method == "iadd" else W.detach()
 
-def random_segments(teachers: list[Tensor], K: int, max_start: int, T: int):
-    """Yields theta_i and theta_{i+K} of a random teacher, i uniform in [0, max_start), T times (line 4). Each pair is
-    read from its file while the one before is in use."""
-    picks = zip(torch.randint(len(teachers), (T,)).tolist(), torch.randint(max_start, (T,)).tolist())
-    def read(n, i):
+def random_segments(teachers: list[Tensor], K: int, max_start: int, T: int, done: int = 0, seed: int = 0):
+    """Yields theta_i and theta_{i+K} of a random teacher, i uniform in [0, max_start) (line 4), for the iterations from
+    `done` to T. Each pair is read from its file while the one before is in use."""
+    def read(t):
+        stream = random.Random(f"{seed} segment {t}")
+        n, i = stream.randrange(len(teachers)), stream.randrange(max_start)
         return teachers[n][i].clone(), teachers[n][i + K].clone()
     with ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(read, *next(picks))
-        for pick in picks:
-            segment, upcoming = upcoming.result(), reader.submit(read, *pick)
-            yield segment
-        yield upcoming.result()
+        reading = (reader.submit(read, t) for t in range(done, T))
+        for segment, _ in itertools.pairwise(itertools.chain(reading, [None])):
+            yield segment.result()
 
 def iadd(step, images: Tensor, labels: Tensor, alpha: Tensor, W: Tensor, teachers: list[Tensor], *, T: int, J: int,
          K: int, max_start: int, batch: int, lr_img: float, lr_alpha: float, lr_w: float, method: str = "iadd",
-         epsilon: float = 0.1, normalize_w: bool = False, record=plain):
+         epsilon: float = 0.1, normalize_w: bool = False, max_loss: float | None = None, seed: int = 0, done: int = 0,
+         momentum: tuple = (None, None), record=plain):
     """Algorithm 1. Updates images (N, C, H, W), alpha () and W (P,) in place; yields the loss, a tensor (), T times.
     step: of `student_step`. teachers: (epochs + 1, P) each. method, epsilon: of `weigh`. Eq. (10)-(12) carry the index
-    j, but Algorithm 1 updates once an iteration. normalize_w (not in the paper): W keeps a root mean square of 1."""
+    j, but Algorithm 1 updates once an iteration. Not in the paper: normalize_w, W keeps a root mean square of 1, and
+    max_loss, above which nothing is updated. Each iteration has its own random stream, so that after `done` of them,
+    with their momentum (of alpha and of the images, updated in place), the rest goes on as if nothing had been."""
     student = record(functools.partial(unroll, step))
     optimizer = torch.optim.SGD([  # paper silent on momentum: MTT's .5; W follows plain SGD (Section 4.1)
         {"params": [alpha], "lr": lr_alpha, "momentum": 0.5},                             # Eq. (10)
         {"params": [W], "lr": lr_w, "momentum": 0},                                       # Eq. (11)
         {"params": [images], "lr": lr_img, "momentum": 0.5}])                             # Eq. (12)
-    for segment in random_segments(teachers, K, max_start, T):                            # lines 3-4
+    for x, buffer in zip((alpha, images), momentum):
+        optimizer.state[x]["momentum_buffer"] = buffer
+    for t, segment in enumerate(random_segments(teachers, K, max_start, T, done, seed), done):  # lines 3-4
+        seed_all(seed, "iteration", t)
         theta_start, theta_target = (on_device(theta, images.device) for theta in segment)  # line 5
         theta = student(theta_start, alpha, *student_batches(images, labels, batch, J))   # lines 6-10
         weights = weigh(method, W, theta - theta_target, epsilon)
         loss = iadd_loss(theta, theta_start, theta_target, weights)                       # lines 11-13, Eq. (9)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()                                                                  # line 14, Eq. (10)-(13)
-        if normalize_w and method == "iadd":
-            W.data /= W.data.square().mean().sqrt()
+        if max_loss is None or not loss > max_loss:
+            optimizer.zero_grad()
+            loss.backward()
+            total(images.grad), total(alpha.grad)
+            optimizer.step()                                                              # line 14, Eq. (10)-(13)
+            if normalize_w and method == "iadd":
+                W.data /= W.data.square().mean().sqrt()
         yield loss.detach()
 
 def real_images(data: Dataset, normalise: Normalisation, ipc: int, choose=None) -> tuple[Tensor, Tensor]:
@@ -729,7 +828,8 @@ def prepare(args: argparse.Namespace, preset_ipc: int) -> tuple[Dataset, dict, P
     for key, value in preset(name, preset_ipc).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    data = load_dataset(args.dataset, args.data_dir, args.runs / "cache", args.size, args.classes)
+    with rank_0_first():  # downloads, unpacks
+        data = load_dataset(args.dataset, args.data_dir, args.runs / "cache", args.size, args.classes)
     args.depth = args.depth or default_depth(data.shape[1])
     build("convnet", data, args.width, args.depth)  # says at once if the images are too small
     print(f"{data.name}: {len(data.train[0])} training and {len(data.test[0])} test images, {data.shape[1]}x"
@@ -740,6 +840,15 @@ def prepare(args: argparse.Namespace, preset_ipc: int) -> tuple[Dataset, dict, P
     own = "teachers" if args.command == "teachers" else args.name or f"ipc{args.ipc}_{args.method}_seed{args.seed}"
     return data, shared, folder / "teachers", folder / own
 
+def describe(args: argparse.Namespace, folder: Path, settings: dict) -> None:
+    """Prints what is in force, and writes to settings.json in `folder` also what else the last digits depend on."""
+    print("settings:", settings)
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"CPU {platform.machine()}"
+    environment = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, torchvision, np)},
+                   "device": device, "threads": torch.get_num_threads(), "processes": RANKS, "compile": args.compile}
+    if RANK == 0:
+        write(folder / "settings.json", json.dumps({"settings": settings, **environment}, indent=1).encode())
+
 def command_teachers(args: argparse.Namespace) -> None:
     """Train teachers on the real data and keep their parameters after every epoch (Section 3.1)."""
     shorten = args.epochs is None and args.ipc is not None
@@ -747,55 +856,77 @@ def command_teachers(args: argparse.Namespace) -> None:
     if shorten:  # the only epochs that distill with the preset of this IPC reads
         args.epochs = args.max_start_epoch - 1 + args.expert_epochs
     settings = {**shared, "lr_teacher": args.lr_teacher, "batch_real": args.batch_real, "seed": args.seed}
-    print("settings:", {"teachers": args.teachers, "epochs": args.epochs, **settings, "device": str(args.device)})
-    paths = [folder / f"{k:03d}.pt" for k in range(args.teachers)]
+    with exclusive(folder):
+        with rank_0_first():
+            if args.restart and RANK == 0:
+                set_aside(folder, "*.pt", "settings.json")
+        describe(args, folder, {"teachers": args.teachers, "epochs": args.epochs, **settings})
+        train_teachers(args, data, settings, [folder / f"{k:03d}.pt" for k in range(args.teachers)])
+
+def train_teachers(args: argparse.Namespace, data: Dataset, settings: dict, paths: list[Path]) -> None:
+    """Trains what is missing of the teachers at `paths`. An interruption costs no more than a minute and an epoch."""
     trained = {}  # the trajectories so far
     for path in filter(Path.exists, paths):
         old = load(path, "thetas", "settings")
         if wrong := differences(old["settings"], settings):
-            raise UserError(f"{path} was trained with {wrong}: choose another folder by --runs, or delete it")
-        trained[path] = old["thetas"]
+            raise UserError(f"{path} has {wrong}: --restart trains all anew, --runs DIR chooses another folder")
+        trained[path] = list(old["thetas"])
     left = {path: args.epochs + 1 - len(trained.get(path, [0])) for path in paths}  # epochs
     todo = [path for path in paths if left[path] > 0]
-    print(f"{len(paths) - len(todo)} of {len(paths)} teachers are complete in {folder}")
-    if not todo:
+    print(f"{len(paths) - len(todo)} of {len(paths)} teachers are complete in {paths[0].parent}")
+    if not (todo := todo[RANK::RANKS]):
         return
     normalise = Normalisation.fit(data.train[0], args.zca, args.device)
     (x, y), (x_test, y_test) = ((normalise(i), l.to(args.device)) for i, l in (data.train, data.test))
     net = build("convnet", data, args.width, args.depth).to(args.device)
-    steps = sum(left[path] for path in todo) * math.ceil(len(x) / args.batch_real)
-    compile, record = accelerators(net, x[:args.batch_real], 3 * steps, args.compile)
+    an_epoch = math.ceil(len(x) / args.batch_real)
+    compile, record = accelerators(net, x[:args.batch_real], 3 * len(paths) * args.epochs * an_epoch, args.compile)
     ell, start = record(compile(flat_loss(net))), time.time()
-    with progress_bar(total=steps, unit="step") as bar:
+    with progress_bar(total=an_epoch * sum(left[path] for path in todo), unit="step") as bar:
         for path in todo:
-            seed = (args.seed, "teacher", int(path.stem))
+            seed, score, kept = (args.seed, "teacher", int(path.stem)), None, time.time()
             seed_all(*seed)
-            thetas = trained.get(path, flat_parameters(build("convnet", data, args.width, args.depth))[None])
-            thetas = train_teacher(ell, thetas, x, y, args.epochs, seed, args.lr_teacher, args.batch_real, bar.update)
-            if not thetas.isfinite().all():
-                raise UserError(f"teacher {path.stem} diverged: lower --lr-teacher (now {args.lr_teacher:g})")
-            score = accuracy(confusion_matrix(net, thetas[-1].to(args.device), x_test, y_test))
-            save({"thetas": thetas, "settings": settings, "test_accuracy": score}, path)
+            thetas = trained.get(path) or [flat_parameters(build("convnet", data, args.width, args.depth))]
+            epochs = range(len(thetas) - 1, args.epochs)
+            def keep():
+                save({"thetas": torch.stack(thetas), "settings": settings, "test_accuracy": score}, path)
+            try:
+                for theta in train_teacher(ell, thetas[-1], x, y, epochs, seed, args.lr_teacher, args.batch_real,
+                                           bar.update):
+                    if not theta.isfinite().all():
+                        raise RankError(f"teacher {path.stem} diverged in epoch {len(thetas)}: lower --lr-teacher (now "
+                                        f"{args.lr_teacher:g}); the epochs before it are kept")
+                    thetas.append(theta)
+                    if time.time() - kept > 60:
+                        keep()
+                        kept = time.time()
+                score = accuracy(confusion_matrix(net, theta.to(args.device), x_test, y_test))
+            except BaseException:
+                on_signals(signal.SIG_IGN)
+                keep()
+                raise
+            keep()
             bar.set_postfix_str(f"teacher {path.stem} has {score:.1f} % test accuracy", refresh=False)
-    size = sum(path.stat().st_size for path in paths) / 1e6
+    size = sum(path.stat().st_size for path in paths if path.exists()) / 1e6
     print(f"{len(todo)} teachers trained in {time.time() - start:.0f} s, peak memory {peak_memory(args.device):.2f} GB;"
           f" the last has {score:.1f} % test accuracy; {len(paths)} take {size:.0f} MB of disk")
 
-def open_teachers(shared: dict, folder: Path, needed: int = 1, most: int | None = None) -> list[Tensor]:
-    """The trajectories in `folder`, memory-mapped, (epochs + 1, P) each, at `most` so many. Raises UserError if they do
-    not fit or have fewer than the `needed` epochs."""
+def open_teachers(shared: dict, folder: Path, needed: int = 1, most: int | None = None) -> tuple[list[Tensor], dict]:
+    """The trajectories in `folder`, memory-mapped, (epochs + 1, P) each, at `most` so many, and the settings of their
+    training. Raises UserError if they do not fit, or not each other, or have fewer than the `needed` epochs."""
     remedy = f"run first: python iadd.py teachers --epochs {needed}, with the same options on data and network"
-    teachers = []
+    teachers, settings = [], shared
     for path in sorted(folder.glob("*.pt"))[:most]:
         content = load(path, "thetas", "settings")
-        if wrong := differences(content["settings"], shared):
+        if wrong := differences(content["settings"], settings):
             raise UserError(f"{path} does not fit this run: it has {wrong}")
         if (epochs := len(content["thetas"]) - 1) < needed:
             raise UserError(f"{path} holds {epochs} epochs, not {needed}; {remedy}")
         teachers.append(content["thetas"])
+        settings = content["settings"]
     if not teachers:
         raise UserError(f"no teachers in {folder}; {remedy}")
-    return teachers
+    return teachers, settings
 
 def spread(W: Tensor) -> dict[str, float]:
     """How far the importance weights have come from 1: minimum, 1 % quantile, median, mean."""
@@ -807,69 +938,111 @@ def command_distill(args: argparse.Namespace) -> None:
     args.ipc = args.ipc or 1
     data, shared, folder, out = prepare(args, args.ipc)
     args.batch = min(args.batch or math.inf, args.ipc * len(data.classes))
-    names = ("ipc", "method", "iterations", "steps", "expert_epochs", "max_start_epoch", "batch", "lr_img", "lr_alpha",
-             "alpha", "lr_w", "normalize_w", "epsilon", "seed")
-    settings = {**shared, **{name: getattr(args, name) for name in names}}
-    print("settings:", {**settings, "device": str(args.device)})
-    teachers = open_teachers(shared, folder, args.max_start_epoch - 1 + args.expert_epochs)
-    result = out / "distilled.pt"
-    if result.exists():
-        old = load(result, *RESULT)
-        if not args.restart:
-            if old["iteration"] == args.iterations and old["settings"] == settings:
-                return print(f"{result} is there already; --restart makes it anew")
-            raise UserError(f"{result} has {differences(old['settings'], settings) or 'the same settings'} and stands "
-                            f"at iteration {old['iteration']}: --restart begins anew, --name NAME keeps both")
-    seed_all(args.seed, "distill")
-    normalise = Normalisation.fit(data.train[0], args.zca, args.device)
-    images, labels = real_images(data, normalise, args.ipc)                    # Algorithm 1, line 1
-    images.requires_grad_()
-    alpha = torch.tensor(args.alpha, device=args.device, requires_grad=True)   # line 2
+    if args.batch < RANKS:
+        raise UserError(f"{RANKS} processes cannot share out the {args.batch} images of a student step")
+    names = ("ipc", "method", "steps", "expert_epochs", "max_start_epoch", "batch", "lr_img", "lr_alpha", "alpha",
+             "lr_w", "normalize_w", "epsilon", "max_loss", "seed")
+    teachers, theirs = open_teachers(shared, folder, args.max_start_epoch - 1 + args.expert_epochs)
+    settings = {**shared, **{name: getattr(args, name) for name in names}, "teachers": len(teachers),
+                "teacher_settings": [theirs["lr_teacher"], theirs["batch_real"], theirs["seed"]]}
+    with exclusive(out):
+        state = open_state(args, data, settings, teachers[0].shape[1], out / "distilled.pt")
+        if state["iteration"] == args.iterations:
+            return print(f"{out}/distilled.pt is there already; --restart makes it anew")
+        describe(args, out, {"iterations": args.iterations, **settings})
+        print(f"{len(teachers)} teachers; the rows of {out}/images_*.png are {', '.join(data.classes)}")
+        distil(args, data, teachers, state, out)
+
+def open_state(args: argparse.Namespace, data: Dataset, settings: dict, P: int, result: Path) -> dict:
+    """Where the distillation in the file `result` stands. At the beginning its first state is written there, to be read
+    like any other. Raises UserError if it is of other settings, or further than wanted."""
+    with rank_0_first():
+        if RANK == 0 and (args.restart or not result.exists()):
+            seed_all(args.seed, "distill")
+            normalise = Normalisation.fit(data.train[0], args.zca, args.device)
+            images, labels = real_images(data, normalise, args.ipc)            # Algorithm 1, line 1
+            with contextlib.suppress(UserError):  # what never got anywhere must not push out what came before it
+                if load(result, *RESULT)["iteration"]:
+                    set_aside(result.parent, "distilled.pt", "settings.json", "log.csv", "images_*.png")
+            save({"images": images.cpu(), "labels": labels.cpu(), "mean": normalise.mean.cpu(),
+                  "scale": normalise.scale.cpu(), "alpha": args.alpha,         # line 2
+                  "W": torch.ones(P, dtype=torch.float64),  # float32 would round away steps below 3e-8
+                  "momentum": torch.zeros(images.shape), "momentum_alpha": torch.zeros(()), "classes": data.classes,
+                  "settings": settings, "iteration": 0, "seconds": 0.0, "skipped": 0, "log": []}, result)
+    state = load(result, *RESULT, "momentum", "momentum_alpha", "seconds", "skipped", "log")
+    if wrong := differences(state["settings"], settings):
+        raise UserError(f"{result} has {wrong}: --restart begins anew, --name NAME keeps both")
+    if state["iteration"] > args.iterations:
+        raise UserError(f"{result} is at iteration {state['iteration']} already, beyond --iterations {args.iterations}")
+    return state
+
+def distil(args: argparse.Namespace, data: Dataset, teachers: list[Tensor], state: dict, out: Path) -> None:
+    """Algorithm 1 from where `state` stands, with checkpoints, log and evaluations."""
+    def on(key):
+        return torch.as_tensor(state[key]).to(args.device, copy=True)
+    images, alpha, W = (on(key).requires_grad_() for key in ("images", "alpha", "W"))
+    momentum = on("momentum_alpha"), on("momentum")
+    moving = {"images": images, "alpha": alpha, "W": W, "momentum_alpha": momentum[0], "momentum": momentum[1]}
+    labels, normalise, settings = on("labels"), Normalisation(on("mean"), on("scale")), state["settings"]
     net = build("convnet", data, args.width, args.depth).to(args.device)
-    W = torch.ones(teachers[0].shape[1], dtype=torch.float64,  # float32 would round away steps below 3e-8
-                   device=args.device, requires_grad=True)
-    def checkpoint(iteration):
-        tensors = {"images": images, "labels": labels, "W": W, "mean": normalise.mean, "scale": normalise.scale}
-        save({**{key: value.detach().cpu() for key, value in tensors.items()}, "alpha": alpha.item(),
-              "classes": data.classes, "settings": settings, "iteration": iteration}, result)
-        pixels = normalise.inverse(images.detach()).clamp(0, 1)
-        pixels = F.interpolate(pixels, scale_factor=math.ceil(96 / data.shape[1]))  # to 96 a side or more
-        torchvision.utils.save_image(pixels, out / f"images_{iteration:05d}.png", nrow=args.ipc, padding=4, pad_value=1)
-    if result.exists() and old["iteration"] > 0:  # a run that never got anywhere must not push out the one before it
-        result.replace(out / "distilled.old.pt")
-    checkpoint(0)
-    print(f"{len(teachers)} teachers; the rows of {out}/images_*.png are {', '.join(data.classes)}")
     passes = args.iterations * args.steps * 12  # a step costs as much as 3 forward passes, its way back as 9
     compile, record = accelerators(net, images.detach()[:args.batch], passes, args.compile)
     options = {key: settings[key] for key in (
-        "batch", "lr_img", "lr_alpha", "lr_w", "method", "epsilon", "normalize_w")}
-    losses = iadd(student_step(net, compile), images, labels, alpha, W, teachers, T=args.iterations, J=args.steps,
-                  K=args.expert_epochs, max_start=args.max_start_epoch, record=record, **options)
+        "batch", "lr_img", "lr_alpha", "lr_w", "method", "epsilon", "normalize_w", "max_loss", "seed")}
+    losses = iadd(student_step(net, compile, args.batch), images, labels, alpha, W, teachers, T=args.iterations,
+                  J=args.steps, K=args.expert_epochs, max_start=args.max_start_epoch, done=state["iteration"],
+                  momentum=momentum, record=record if RANKS == 1 else plain, **options)
     test = (normalise(data.test[0]), data.test[1].to(args.device)) if args.eval_every else None
-    start = time.time()
-    with open(out / "log.csv", "w", newline="") as file, progress_bar(losses, total=args.iterations, unit="it") as bar:
-        log = csv.DictWriter(file, ["iteration", "seconds", "loss", "alpha", *spread(W)])
-        log.writeheader()
-        for t, loss in enumerate(bar, 1):
-            saves = t % args.checkpoint_every == 0 or t == args.iterations
-            tests = args.eval_every and t % args.eval_every == 0
-            if t % 10 == 0 or saves or tests:  # not each time: to read a number is to wait for the GPU
-                if not (loss.isfinite() and alpha > 0 and images.isfinite().all()):
-                    rates = ("" if alpha <= 0 else "--alpha, ") + "--lr-alpha, --lr-img or --lr-w"
-                    raise UserError(f"diverged by iteration {t}: loss {loss:.4g}, alpha {alpha:.4g}; {result} is kept; "
-                                    f"--restart with a lower {rates}")
-                row = {"loss": loss.item(), "alpha": alpha.item(), **spread(W.detach())}
-                bar.set_postfix_str(" ".join(f"{key} {value:.4g}" for key, value in row.items()), refresh=False)
-                log.writerow({"iteration": t, "seconds": f"{time.time() - start:.2f}", **row})
-                file.flush()
-            if saves:
-                checkpoint(t)
-            if tests:
-                with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
+
+    def checkpoint():
+        if RANK == 0 and state["alpha"] > 0 and all(torch.as_tensor(state[key]).isfinite().all() for key in moving):
+            content = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
+            save({**content, "alpha": float(state["alpha"])}, out / "distilled.pt")
+    def picture():
+        pixels, png = normalise.inverse(images.detach()).clamp(0, 1), io.BytesIO()
+        pixels = F.interpolate(pixels, scale_factor=math.ceil(96 / data.shape[1]))  # to 96 a side or more
+        torchvision.utils.save_image(pixels, png, "png", nrow=args.ipc, padding=4, pad_value=1)
+        write(out / f"images_{state['iteration']:05d}.png", png.getbuffer())
+    def write_log():
+        text = io.StringIO()
+        log = csv.DictWriter(text, state["log"][0])
+        log.writeheader(), log.writerows(state["log"])
+        write(out / "log.csv", text.getvalue().encode())
+
+    if RANK == 0 and state["iteration"] == 0:
+        picture()
+    start, spikes = time.time() - state["seconds"], 0
+    try:
+        with progress_bar(losses, total=args.iterations, initial=state["iteration"], unit="it") as bar:
+            for t, loss in enumerate(bar, state["iteration"] + 1):
+                spikes = spikes + 1 if args.max_loss and loss > args.max_loss else 0
+                now = {**state, **{key: x.detach().clone() for key, x in moving.items()}, "iteration": t,
+                       "seconds": time.time() - start, "skipped": state["skipped"] + (spikes > 0)}
+                saves = t % args.checkpoint_every == 0 or t == args.iterations
+                tests = args.eval_every and t % args.eval_every == 0
+                due = t % 10 == 0 or saves or tests  # not each time: to read a number is to wait for the GPU
+                if due:
+                    if not (loss.isfinite() and alpha > 0 and images.isfinite().all()) or spikes >= 10:
+                        remedy = "a lower " + "--alpha, " * (alpha > 0).item() + "--lr-alpha, --lr-img or --lr-w"
+                        raise UserError(f"diverged by iteration {t}: loss {loss:.4g}, alpha {alpha:.4g}; the last good "
+                                        f"state is kept; --restart with {remedy}{' or no --max-loss' * (spikes > 0)}")
+                    row = {"loss": loss.item(), "alpha": alpha.item(), **spread(W.detach()), "skipped": now["skipped"]}
+                    bar.set_postfix_str(" ".join(f"{key} {value:.4g}" for key, value in row.items()), refresh=False)
+                    now["log"] = [*state["log"], {"iteration": t, "seconds": round(now["seconds"], 2), **row}]
+                state = now  # all at once, so that an interruption finds a whole iteration
+                if due and RANK == 0:
+                    write_log()
+                if saves:
+                    picture(), checkpoint()
+                if tests:
                     evaluate(args, data, test, out, "distilled", lambda: (images.detach(), labels), "convnet",
                              {"alpha": alpha.item(), "iteration": t, "settings": settings}, compile=False)
+    except BaseException:
+        on_signals(signal.SIG_IGN)
+        checkpoint()
+        raise
     print(f"{args.iterations} iterations in {time.time() - start:.0f} s, peak memory {peak_memory(args.device):.2f} GB;"
-          f" loss {loss:.4f}, alpha {args.alpha:g} -> {alpha.item():.5f}; {result}")
+          f" loss {loss:.4f}, alpha {args.alpha:g} -> {alpha.item():.5f}; {out}/distilled.pt")
 
 def evaluate(args: argparse.Namespace, data: Dataset, test: tuple[Tensor, Tensor], out: Path, on: str, source,
              arch: str, result: dict, compile: bool | None = None) -> None:
@@ -881,27 +1054,28 @@ def evaluate(args: argparse.Namespace, data: Dataset, test: tuple[Tensor, Tensor
     batch = min(args.batch_real, len(x))
     steps = args.nets * epochs * math.ceil(len(x) / batch)
     compile, record = accelerators(net, x[:batch], 3 * steps, compile)
-    ell, start, matrices = record(compile(flat_loss(net))), time.time(), []
-    with progress_bar(total=steps, desc=f"{arch} on {on}", unit="step", leave=False) as bar:
-        for k in range(args.nets):
+    ell, start, n = record(compile(flat_loss(net))), time.time(), len(data.classes)
+    matrices = torch.zeros(args.nets, n, n, dtype=torch.int64)  # the networks are shared out over the ranks
+    with progress_bar(total=steps / RANKS, desc=f"{arch} on {on}", unit="step", leave=False) as bar:
+        for k in range(RANK, args.nets, RANKS):
             seed_all(args.seed, "eval", on, arch, k)
             theta = flat_parameters(build(arch, data, args.width, args.depth))
             theta = train_network(ell, theta, *source(), epochs, lr, batch, bar.update)
-            matrices.append(confusion_matrix(net, theta, *test).cpu())
-    scores, seconds, total = [accuracy(m) for m in matrices], round(time.time() - start, 1), sum(matrices)
+            matrices[k] = confusion_matrix(net, theta, *test)
+    scores, seconds = [accuracy(m) for m in total(matrices)], round(time.time() - start, 1)
     mean, std = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
     tqdm.write(f"{on:<12}{arch:<10}{f'{mean:.1f} ± {std:.1f} %':>14}{args.nets:>10}{epochs:>8}{lr:>10.5f}"
                f"{seconds:>9.0f}" + (f"  at iteration {result['iteration']}" if result else ""))
     row = {"on": on, "arch": arch, "mean": mean, "std": std, "accuracies": scores, "epochs": epochs, "lr": lr,
            "dataset": data.name, "ipc": args.ipc, "seed": args.seed, "seconds": seconds, **result}
     if args.confusion or args.confusion is None and args.dataset == "covid":
-        row["confusion"] = total.tolist()
-        share = 100 * total / total.sum(1, keepdim=True)
+        row["confusion"] = matrices.sum(0).tolist()
+        share = 100 * matrices.sum(0) / matrices.sum((0, 2))[:, None]
         print(f"  confusion matrix in per cent, rows: true classes; mean accuracy of these {share.diag().mean():.1f} %")
         for name, shares in zip(data.classes, share.tolist()):
             print(f"  {name:<16}" + "".join(f"{value:7.1f}" for value in shares))
-    with open(out / "results.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+    if RANK == 0:
+        append_line(out / "results.jsonl", json.dumps(row))
 
 def open_result(args: argparse.Namespace) -> tuple[Dataset, Normalisation, dict | None, dict, Path, Path]:
     """What eval and plot read: data, normalisation, content of the distilled file (None where there is none and none is
@@ -931,7 +1105,7 @@ def command_eval(args: argparse.Namespace) -> None:
     """Train fresh networks on the distilled images and test them on real ones."""
     data, normalise, content, shared, folder, path = open_result(args)
     def herded():
-        teacher, = open_teachers(shared, folder, most=1)
+        teacher = open_teachers(shared, folder, most=1)[0][0]
         print(f"herding by the features of the first teacher after {len(teacher) - 1} epochs")
         net = build("convnet", data, args.width, args.depth).to(args.device)
         return real_images(data, normalise, args.ipc, lambda x: herding(net, teacher[-1].to(x.device), x, args.ipc))
@@ -963,7 +1137,9 @@ def command_plot(args: argparse.Namespace) -> None:
     settings, ipc, W = content["settings"], content["settings"]["ipc"], content["W"]
     images, labels, alpha = (torch.as_tensor(content[key], device=args.device) for key in ("images", "labels", "alpha"))
     def finish(figure, name):
-        figure.savefig(path.with_name(f"plot_{name}.png"), dpi=130, bbox_inches="tight")
+        png = io.BytesIO()
+        figure.savefig(png, dpi=130, bbox_inches="tight")
+        write(path.with_name(f"plot_{name}.png"), png.getbuffer())
         print(path.with_name(f"plot_{name}.png"))
 
     seed_all(args.seed, "plot")  # Fig. 4, 5 and 8
@@ -981,14 +1157,12 @@ def command_plot(args: argparse.Namespace) -> None:
     figure.suptitle(f"{data.name}: on the left real images, on the right {len(order)} of {len(images)} distilled ones")
     finish(figure, "images")
 
+    log, results = content["log"], path.with_name("results.jsonl")
     try:
-        with open(path.with_name("log.csv")) as log, open(path.with_name("results.jsonl"), "a+") as results:
-            log = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(log)]
-            results.seek(0)
-            tests = [row for row in map(json.loads, results)
-                     if row["on"] == "distilled" and row["settings"] == settings]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"log.csv or results.jsonl in {path.parent} is damaged: {error!r}") from None
+        tests = [row for row in map(json.loads, results.read_text().splitlines() if results.exists() else ())
+                 if row["on"] == "distilled" and row["settings"] == settings]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{results} is damaged: {error!r}") from None
     figure, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
     for ax, keys in zip(axes, (["loss"], ["alpha"], list(spread(W)))):
         for key in keys:
@@ -1003,7 +1177,7 @@ def command_plot(args: argparse.Namespace) -> None:
     finish(figure, "curves")
 
     K, J, max_start, batch = (settings[key] for key in ("expert_epochs", "steps", "max_start_epoch", "batch"))
-    teachers = open_teachers(shared, folder, max_start - 1 + K, most=10)
+    teachers, _ = open_teachers(shared, folder, max_start - 1 + K, most=10)
     net = build("convnet", data, args.width, args.depth).to(args.device)
     step, misses = student_step(net), []
     for segment in random_segments(teachers, K, max_start, T=10):
@@ -1105,7 +1279,7 @@ def at_least(low: float, kind: type = int, strict: bool = False, high: float = 1
 
 def folder_name(text: str) -> str:
     """An argparse type: the name of a new folder beside that of the teachers."""
-    if Path(text).name != text or text in ("teachers", ".."):
+    if Path(text).name != text or text[0] == "." or text == "teachers":
         raise argparse.ArgumentTypeError(f"{text!r} cannot be the name of a result's folder")
     return text
 
@@ -1154,6 +1328,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ipc", type=whole, help="train only the epochs that distill with this IPC reads (default: all)")
     add("--lr-teacher", type=above_zero, help="learning rate, plain SGD (default: preset, .01)")
     add("--batch-real", type=whole, help="images a step (default: preset, 256)")
+    add("--restart", action="store_true", help="train all anew, the teachers that are there move to a folder `old`")
     add = command("distill", command_distill, data, machine, result, evaluation)
     add("--iterations", type=whole, help="T, distillation iterations (default: preset, 5000 in the paper)")
     add("--steps", type=whole, help="J, student steps an iteration (default: preset)")
@@ -1166,9 +1341,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr-w", type=zero_up, default=1e-4, help="learning rate of the weights W (default: 1e-4, Section 4.1)")
     add("--normalize-w", action="store_true", help="iadd: keep W at a root mean square of 1 (beyond the paper)")
     add("--epsilon", type=at_least(0, float, high=0.99), default=0.1, help="ddpp: share that is dropped (default: 0.1)")
+    add("--max-loss", type=above_zero, help="skip the update of an iteration whose loss is above it (default: none)")
     add("--checkpoint-every", type=whole, default=500, help="iterations between checkpoints (default: 500)")
     add("--eval-every", type=whole, help="iterations between evaluations, each like `eval` (default: none)")
-    add("--restart", action="store_true", help="begin anew, the result that is there becomes distilled.old.pt")
+    add("--restart", action="store_true", help="begin anew, the result that is there moves to a folder `old`")
     add = command("eval", command_eval, data, machine, result, evaluation)
     add("--distilled", type=Path, metavar="FILE", help="a distilled file from elsewhere (default: the one in --runs)")
     add("--on", nargs="+", choices=["distilled", "random", "herding", "full"], default=["distilled"],
@@ -1179,26 +1355,52 @@ def make_parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="width 32 and few repetitions: two to three minutes")
     return parser
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, 2 for what the user can mend, 130 if interrupted."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
+def start_process(args: argparse.Namespace) -> None:
+    """Chooses and tunes the device, and meets the other ranks. Raises UserError."""
     try:
-        args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=args.device).item()
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=device).item()
     except Exception as error:  # whatever a missing backend raises
-        parser.error(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})")
-    tune(args.device)
+        raise RankError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})") from None
+    args.device = device
+    tune(device)
+    if RANKS > 1 and args.command in ("plot", "bench"):
+        raise UserError(f"{args.command} is for one process: run it without torchrun")
+    if RANKS > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, 2 for what the user can mend, 128 and the signal's number."""
+    stderr = sys.stderr
+    if RANK > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    on_signals(interrupt)
+    args = make_parser().parse_args(argv)
     try:
+        start_process(args)
         args.function(args)
+        if RANKS > 1:
+            torch.distributed.destroy_process_group()
+    except KeyboardInterrupt as stop:
+        goes_on = ": what is done is saved, and the same command goes on from there"
+        print("iadd.py: interrupted" + goes_on * (args.command in ("teachers", "distill")), file=sys.stderr)
+        return 128 + (stop.args or [signal.SIGINT])[0]
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # not for want of memory
-            raise  # not the user's: show where
-        print(f"iadd.py: error: {(str(error) or repr(error)).splitlines()[0]}", file=sys.stderr)
+        line = (str(error) or repr(error)).splitlines()[0]
+        if not isinstance(error, (UserError, OSError)):
+            if "allocate" not in line and not isinstance(error, torch.OutOfMemoryError):
+                raise  # not the user's: show where
+            less = {"teachers": "--batch-real or --width", "distill": "--batch, --steps or --width"}
+            line = (f"out of memory, at a peak of {peak_memory(args.device):.2f} GB: a smaller "
+                    f"{less.get(args.command, '--width')} needs less ({line})")
+        if RANK == 0 or isinstance(error, RankError) or not isinstance(error, UserError):
+            print(f"iadd.py: {f'rank {RANK}: ' * (RANKS > 1)}error: {line}", file=stderr)
         return 2
-    except KeyboardInterrupt:
-        print("iadd.py: interrupted; what has been written stays", file=sys.stderr)
-        return 130
+    finally:
+        sys.stderr = stderr  # for a traceback
     return 0
 
 if __name__ == "__main__":

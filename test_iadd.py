@@ -137,14 +137,15 @@ def test_uniform_weights_are_mtt():
     again = run_iadd(lr_w=0.0)
     assert same(images, again[0]) and same(alpha, again[1])
 
-    torch.manual_seed(1)  # the same random numbers once more, through a loop written the plain way
+    torch.manual_seed(1)  # the same start and the same random numbers once more, through a loop written the plain way
     net = iadd.convnet((3, 8, 8), 3, width=4, depth=2).to(DEVICE)
     torch.randn(4, teachers[0].shape[1]), torch.randn(4, teachers[0].shape[1])
     x_syn = torch.randn(6, 3, 8, 8).to(DEVICE).requires_grad_()
     lr = torch.tensor(0.05, device=DEVICE, requires_grad=True)
     optimizer_x, optimizer_lr = torch.optim.SGD([x_syn], 1.0, 0.5), torch.optim.SGD([lr], 1e-4, 0.5)
-    for start, target in iadd.random_segments(teachers, 2, 2, T=3):
+    for t, (start, target) in enumerate(iadd.random_segments(teachers, 2, 2, T=3)):
         start, target = start.to(DEVICE), target.to(DEVICE)
+        iadd.seed_all(0, "iteration", t)
         index = iadd.minibatches(6, 4, 3, DEVICE)
         theta = iadd.unroll(iadd.unrolled_step(net), start, lr, iadd.augment(x_syn[index]), labels[index])
         total = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
@@ -562,7 +563,7 @@ def test_snapshots_do_not_alias_the_live_weights(shapes):
     initial = flat_parameters(net).cpu()
     ell = iadd.flat_loss(net)
     x, y = normalise(data.train[0]), data.train[1].to(DEVICE)
-    thetas = iadd.train_teacher(ell, initial[None], x, y, 3, (0, "t"), batch=50)
+    thetas = torch.stack([initial, *iadd.train_teacher(ell, initial, x, y, range(3), (0, "t"), batch=50)])
     assert thetas.shape == (4, count(net)) and thetas.dtype == torch.float32 and thetas.device.type == "cpu"
     assert torch.equal(thetas[0], initial) and torch.equal(flat_parameters(net).cpu(), initial)
     moved = (thetas[1:] - thetas[:-1]).norm(dim=1)
@@ -574,10 +575,10 @@ def test_a_trajectory_goes_on_as_if_it_had_never_stopped(shapes):
     x, y = normalise(data.train[0]), data.train[1].to(DEVICE)
 
     net = iadd.convnet(data.shape, 10, width=4).to(DEVICE)
-    ell, theta_0 = iadd.flat_loss(net), flat_parameters(net).cpu()[None]
-    whole = iadd.train_teacher(ell, theta_0, x, y, 3, (0, "t"))
-    part = iadd.train_teacher(ell, theta_0, x, y, 1, (0, "t"))
-    assert same(iadd.train_teacher(ell, part, x, y, 3, (0, "t")), whole) and torch.equal(whole[0], theta_0[0])
+    ell, theta_0 = iadd.flat_loss(net), flat_parameters(net).cpu()
+    whole = list(iadd.train_teacher(ell, theta_0, x, y, range(3), (0, "t")))
+    rest = list(iadd.train_teacher(ell, whole[0], x, y, range(1, 3), (0, "t")))
+    assert same(rest[0], whole[1]) and same(rest[1], whole[2]) and not same(whole[1], whole[2])
 
 
 def test_training_is_plain_sgd(shapes):
@@ -851,13 +852,13 @@ def run(tmp_path_factory):
 
 def test_files_of_a_run(run):
     tmp, options, folder, out = run
-    assert sorted(p.name for p in (folder / "teachers").iterdir()) == ["000.pt", "001.pt"]
+    assert sorted(p.name for p in (folder / "teachers").iterdir()) == ["000.pt", "001.pt", "settings.json"]
     teacher = iadd.load(folder / "teachers" / "000.pt", "thetas", "settings")
     assert teacher["thetas"].shape[0] == 4 and teacher["settings"]["width"] == 4  # 3 epochs are read at IPC 1
     assert sorted(p.name for p in out.iterdir()) == [
-        "distilled.pt", "images_00000.png", "images_00005.png", "images_00010.png", "images_00012.png", "log.csv"]
+        "distilled.pt", "images_00000.png", "images_00005.png", "images_00010.png", "images_00012.png", "log.csv", "settings.json"]
     result = torch.load(out / "distilled.pt", weights_only=True)
-    assert {*iadd.RESULT, "checksum"} == set(result)
+    assert {*iadd.RESULT, "momentum", "momentum_alpha", "seconds", "skipped", "log", "checksum"} == set(result)
     assert result["images"].shape == (3, 3, 32, 32) and result["labels"].tolist() == [0, 1, 2]
     assert result["classes"] == ["cat", "dog", "emu"] and result["settings"]["steps"] == 3
     assert result["W"].shape == teacher["thetas"][0].shape and result["W"].max() <= 1
@@ -936,7 +937,7 @@ def test_restarting_twice_does_not_lose_the_result(run):
     assert command(*distill) == 0
     for _ in range(2):
         assert command(*distill, "--lr-alpha", 1e9) == 2
-    assert iadd.load(folder / "twice" / "distilled.old.pt")["iteration"] == 2
+    assert iadd.load(folder / "twice" / "old" / "distilled.pt")["iteration"] == 2
 
 
 def test_a_failing_restart_moves_nothing(run, capsys):
@@ -990,7 +991,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(run, capsys, words,
     kept = iadd.load(folder / f"ipc1_iadd_seed{seed}" / "distilled.pt")
     assert kept["images"].isfinite().all() and kept["alpha"] > 0 and kept["W"].isfinite().all()
     assert kept["iteration"] < 40
-    old = iadd.load(folder / f"ipc1_iadd_seed{seed}" / "distilled.old.pt")  # what --restart replaced
+    old = iadd.load(folder / f"ipc1_iadd_seed{seed}" / "old" / "distilled.pt")  # what --restart replaced
     assert old["iteration"] == 2
 
 
