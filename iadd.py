@@ -31,7 +31,7 @@ Glossary
     max_start    a student starts at a teacher epoch i < max_start      I+, --max-start-epoch
     DSA, IPC     differentiable Siamese augmentation; images per class  script A, [47]; --ipc
 """
-import argparse, contextlib, csv, ctypes, datetime, functools, hashlib, io, itertools, json, math, multiprocessing, os
+import argparse, contextlib, ctypes, datetime, functools, hashlib, io, itertools, json, math, multiprocessing, os
 import platform, random, shutil, signal, socket, statistics, sys, time, warnings, zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -189,7 +189,8 @@ def total(x: Tensor) -> Tensor:
         if RANKS > 1:
             torch.distributed.all_reduce(x)
     except RuntimeError as error:
-        raise RankError(f"another process of this job has ended ({str(error).splitlines()[0]})") from None
+        raise RankError("another process of this job has ended; what was done is saved, and the same command goes on from "
+                        f"there ({str(error).splitlines()[0]})") from None
     return x
 
 @contextlib.contextmanager
@@ -894,16 +895,16 @@ def train_teachers(args: argparse.Namespace, data: Dataset, settings: dict, path
                 for theta in train_teacher(ell, thetas[-1], x, y, epochs, seed, args.lr_teacher, args.batch_real,
                                            bar.update):
                     if not theta.isfinite().all():
-                        raise RankError(f"teacher {path.stem} diverged in epoch {len(thetas)}: lower --lr-teacher (now "
-                                        f"{args.lr_teacher:g}); the epochs before it are kept")
+                        raise RankError(f"teacher {path.stem} diverged: lower --lr-teacher (now {args.lr_teacher:g})")
                     thetas.append(theta)
                     if time.time() - kept > 60:
                         keep()
                         kept = time.time()
                 score = accuracy(confusion_matrix(net, theta.to(args.device), x_test, y_test))
             except BaseException:
-                on_signals(signal.SIG_IGN)
-                keep()
+                if len(thetas) - 1 > epochs.start:  # epochs worth keeping
+                    on_signals(signal.SIG_IGN)
+                    keep()
                 raise
             keep()
             bar.set_postfix_str(f"teacher {path.stem} has {score:.1f} % test accuracy", refresh=False)
@@ -1004,12 +1005,12 @@ def distil(args: argparse.Namespace, data: Dataset, teachers: list[Tensor], stat
         torchvision.utils.save_image(pixels, png, "png", nrow=args.ipc, padding=4, pad_value=1)
         write(out / f"images_{state['iteration']:05d}.png", png.getbuffer())
     def write_log():
-        text = io.StringIO()
-        log = csv.DictWriter(text, state["log"][0])
-        log.writeheader(), log.writerows(state["log"])
-        write(out / "log.csv", text.getvalue().encode())
+        lines = [state["log"][0].keys(), *(row.values() for row in state["log"])]
+        write(out / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
 
-    if RANK == 0 and state["iteration"] == 0:
+    if state["iteration"] > 0:
+        print(f"going on from iteration {state['iteration']}")
+    elif RANK == 0:
         picture()
     start, spikes = time.time() - state["seconds"], 0
     try:
@@ -1023,7 +1024,7 @@ def distil(args: argparse.Namespace, data: Dataset, teachers: list[Tensor], stat
                 due = t % 10 == 0 or saves or tests  # not each time: to read a number is to wait for the GPU
                 if due:
                     if not (loss.isfinite() and alpha > 0 and images.isfinite().all()) or spikes >= 10:
-                        remedy = "a lower " + "--alpha, " * (alpha > 0).item() + "--lr-alpha, --lr-img or --lr-w"
+                        remedy = "a lower " + ("" if alpha <= 0 else "--alpha, ") + "--lr-alpha, --lr-img or --lr-w"
                         raise UserError(f"diverged by iteration {t}: loss {loss:.4g}, alpha {alpha:.4g}; the last good "
                                         f"state is kept; --restart with {remedy}{' or no --max-loss' * (spikes > 0)}")
                     row = {"loss": loss.item(), "alpha": alpha.item(), **spread(W.detach()), "skipped": now["skipped"]}
@@ -1032,7 +1033,7 @@ def distil(args: argparse.Namespace, data: Dataset, teachers: list[Tensor], stat
                 state = now  # all at once, so that an interruption finds a whole iteration
                 if due and RANK == 0:
                     write_log()
-                if saves:
+                if saves and RANK == 0:
                     picture(), checkpoint()
                 if tests:
                     evaluate(args, data, test, out, "distilled", lambda: (images.detach(), labels), "convnet",

@@ -2,6 +2,7 @@
 state, and every command through the command line. Run: pytest -q"""
 import contextlib
 import csv
+import errno
 import functools
 import itertools
 import json
@@ -9,9 +10,12 @@ import math
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import time
 import urllib.error
 import zipfile
 from pathlib import Path
@@ -887,7 +891,8 @@ def test_teachers_are_kept_and_continued(run, capsys):
     assert "2 of 2 teachers are complete" in capsys.readouterr().out and path.stat().st_mtime_ns == stamp
     assert command("teachers", *options, "--teachers", 3, "--epochs", 4) == 0
     after = iadd.load(path, "thetas", "settings")["thetas"]
-    assert after.shape[0] == 5 and torch.equal(after[:4], before) and (folder / "teachers" / "002.pt").exists()
+    assert after.shape[0] == 5 and torch.equal(after[:4], before)
+    (folder / "teachers" / "002.pt").unlink()
 
 
 def test_same_seed_same_bits(run):
@@ -920,11 +925,15 @@ def test_same_bits_at_a_real_size():
 def test_a_finished_result_is_not_overwritten(run, capsys):
     tmp, options, folder, out = run
     words = ["distill", *options, "--iterations", 12, "--steps", 3]
+    shutil.copy(folder / "teachers" / "001.pt", folder / "teachers" / "002.pt")
+    assert "distilled.pt has teachers 2, not 3" in refused(capsys, *words)
+    (folder / "teachers" / "002.pt").unlink()
     stamp = (out / "distilled.pt").stat().st_mtime_ns
     assert command(*words) == 0 and "is there already" in capsys.readouterr().out
     assert command(*words, "--lr-img", 7) == 2
     error = capsys.readouterr().err
-    assert "lr_img 100, not 7.0" in error and "--name NAME keeps both" in error
+    assert "distilled.pt has lr_img 100, not 7.0: --restart begins anew, --name NAME keeps both" in error
+    assert "is at iteration 12 already, beyond --iterations 11" in refused(capsys, *words, "--iterations", 11)
     assert command(*words, "--lr-img", 7, "--iterations", 1, "--name", "other") == 0
     assert (folder / "other" / "distilled.pt").exists()
     assert (out / "distilled.pt").stat().st_mtime_ns == stamp
@@ -1082,9 +1091,7 @@ def test_eval_every_changes_nothing_and_plot_shows_it(run, capsys):
     assert "does not exist; run first" in refused(capsys, "plot", *options, "--name", "nothing")
     with open(folder / "watched" / "results.jsonl", "a") as results:
         results.write('{"on": "disti')  # cut short
-    assert "results.jsonl in" in refused(capsys, "plot", *options, "--name", "watched")
-    (folder / "watched" / "log.csv").unlink()
-    assert "log.csv" in refused(capsys, "plot", *options, "--name", "watched")
+    assert "results.jsonl is damaged" in refused(capsys, "plot", *options, "--name", "watched")
 
 
 def test_plot_draws_what_it_says(run, monkeypatch):
@@ -1186,6 +1193,445 @@ def test_run_all_paper(tmp_path):
     assert paper("table1/cifar10/ipc1")[2][-1].startswith("eval --dataset cifar10 --ipc 1 ")  # not ipc10
     assert paper()[1].count("# done") == 13 + 3 + 2  # two more cells have the same first command
     assert paper("table9")[0] == 2
+
+
+# ---- nothing lost: interruptions, other runs, full disks ------------------------------------------
+
+CHILDREN = """
+import contextlib, importlib, itertools, json, mmap, os, random, signal, struct, sys, time, types
+import iadd
+from iadd import main
+
+def child(work):
+    # a process that can be killed: work() runs in it; a fork, because to import torch takes seconds
+    pid = os.fork()
+    if pid == 0:
+        out = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(out, 1)
+        code = 99
+        try:
+            code = work()
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            os._exit(code)
+    return pid
+
+def ranks(n, port, *words):
+    # what torchrun does: n processes that know of each other
+    os.environ.update(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
+    def work(k):
+        os.environ["RANK"] = str(k)
+        iadd.RANK, iadd.RANKS = k, n
+        iadd.torch.set_num_threads(1)  # torchrun, too, does not give every process all cores
+        return main(list(words))
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in [child(lambda: work(k)) for k in range(n)]]
+"""
+
+
+def script(code, *words):
+    """Runs code, with the above, in a process that has not used torch yet, so that it can fork. Returns its lines."""
+    run = subprocess.run([sys.executable, "-c", CHILDREN + code, *map(str, words)], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(Path(iadd.__file__).parent)})
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines() + run.stderr.splitlines()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The options of a run on images of 16 x 16 pixels, on the CPU, its teachers, and the folder of its results."""
+    tmp = tmp_path_factory.mktemp("small")
+    options = ["--dataset", make_folder(tmp / "pets", train=12, size=16), "--runs", tmp / "runs", "--width", 4,
+               "--device", "cpu", "--no-compile"]
+    assert command("teachers", *options, *TEACH, "--teachers", 3, "--ipc", 1) == 0
+    return tmp, options, tmp / "runs" / "pets_zca_convnet-d2-w4"
+
+
+def state_of(folder):
+    """All of a distilled file but the time that it took."""
+    state = torch.load(folder / "distilled.pt", weights_only=True)
+    for row in state["log"]:
+        del row["seconds"]
+    return {key: value for key, value in state.items() if key not in ("seconds", "checksum")}
+
+
+def identical(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key] for key in a)
+
+
+def close(a, b):
+    return a["iteration"] == b["iteration"] and all(
+        torch.allclose(a[key], b[key], rtol=1e-3, atol=1e-4) for key in ("images", "W", "momentum"))
+
+
+TEACH = ["--batch-real", 6, "--lr-teacher", 0.05]
+DISTILL = ["--steps", 3, "--alpha", 0.05, "--lr-w", 1, "--lr-img", 1, "--lr-alpha", 1e-5]
+
+
+@pytest.fixture(scope="module")
+def straight(small):
+    """The state after 60 iterations without any interruption."""
+    tmp, options, folder = small
+    assert command("distill", *options, *DISTILL, "--iterations", 60, "--checkpoint-every", 4, "--name", "whole") == 0
+    return state_of(folder / "whole")
+
+
+def test_a_distillation_goes_on_bit_for_bit(small, straight, capsys):
+    tmp, options, folder = small
+    words = ["distill", *options, *DISTILL, "--checkpoint-every", 4, "--name", "parts"]
+    for T in (12, 16, 60):  # a larger T is no other setting: what came before is the same
+        capsys.readouterr()
+        assert command(*words, "--iterations", T) == 0
+        assert ("going on from iteration" in capsys.readouterr().out) == (T > 12)
+    assert identical(state_of(folder / "parts"), straight)
+    log, whole = (list(csv.DictReader(open(folder / name / "log.csv"))) for name in ("parts", "whole"))
+    assert [row["iteration"] for row in log] == [str(t) for t in range(61) if t and (t % 4 == 0 or t % 10 == 0)]
+    for row in log + whole:
+        del row["seconds"]
+    assert log == whole and straight["momentum"].abs().max() > 0 and straight["momentum_alpha"] != 0
+    seconds = [float(row["seconds"]) for row in torch.load(folder / "parts" / "distilled.pt")["log"]]
+    assert seconds == sorted(seconds)
+    message = refused(capsys, *words, "--iterations", 60, "--lr-w", 7, "--batch", 2)
+    assert "batch 3, not 2, lr_w 1.0, not 7.0: --restart begins anew" in message
+    assert identical(state_of(folder / "parts"), straight)
+    assert command(*words, "--iterations", 4, "--lr-w", 7, "--restart") == 0
+    assert identical(state_of(folder / "parts" / "old"), straight)
+    assert [p.name for p in sorted((folder / "parts").glob("images*"))] == ["images_00000.png", "images_00004.png"]
+
+
+TWENTY_KILLS = """
+every, result, log, *words = sys.argv[1:]
+every, reached = int(every), mmap.mmap(-1, 8)
+original, random = iadd.iadd, random.Random(0)
+
+def counting(*args, done, **options):  # how far a child got, for the parent to see
+    for t, loss in enumerate(original(*args, done=done, **options), done + 1):
+        reached[:] = struct.pack("q", t)
+        yield loss
+
+def dying(function, countdown):  # in the middle of a write: before its file is complete, or before it has its name
+    def dies(*args):
+        if next(countdown) == 0:
+            if function is os.fsync:
+                os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+    return dies
+
+before, kills = 0, 0
+while kills < 20:
+    iadd.iadd = counting
+    fsync, replace = os.fsync, os.replace
+    if kills % 2:
+        os.fsync, os.replace = ((dying(fsync, itertools.count(-kills, 1)), replace) if kills % 4 == 1 else
+                                (fsync, dying(replace, itertools.count(-kills, 1))))
+    pid = child(lambda: main(words))
+    os.fsync, os.replace = fsync, replace
+    if kills % 2 == 0:
+        time.sleep(random.uniform(.1, 1.2))
+        os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code == 0:  # done before it could be killed
+        break
+    assert code == -signal.SIGKILL, code
+    kills += 1
+    saved, at = 0, struct.unpack("q", reached[:])[0]
+    if os.path.exists(result):
+        saved = iadd.load(iadd.Path(result), *iadd.RESULT, "momentum", "log")["iteration"]
+        assert saved % every == 0 and before <= saved <= at <= saved + every, (before, saved, at)
+    if os.path.exists(log):
+        with open(log) as file:
+            rows = file.read().splitlines()
+        assert len({row.count(",") for row in rows}) == 1 and rows[0].startswith("iteration,seconds,loss")
+    before = saved
+    reached[:] = struct.pack("q", saved)
+print("kills", kills, "saved", before)
+"""
+
+
+def test_twenty_kills(small):
+    """Killed at random moments and, half of the times, in the middle of a write: the files are always whole, no more
+    than an interval is lost, and in the end the result is that of an uninterrupted run."""
+    tmp, options, folder = small
+    words = ["distill", *options, *DISTILL, "--checkpoint-every", 4]
+    killed = [*words, "--name", "killed", "--iterations"]
+    lines = script(TWENTY_KILLS, 4, folder / "killed" / "distilled.pt", folder / "killed" / "log.csv", *killed, 10 ** 6)
+    kills, saved = map(int, lines[0].split()[1::2])
+    assert kills == 20 and saved > 20 and len(list((folder / "killed").glob("*.tmp"))) <= 1
+    assert command(*killed, saved + 3) == 0
+    assert command(*words, "--name", "unharmed", "--iterations", saved + 3) == 0
+    assert identical(state_of(folder / "killed"), state_of(folder / "unharmed"))
+    assert (folder / "killed" / "log.csv").read_text().count("\n") == len(state_of(folder / "killed")["log"]) + 1
+    for path in (folder / "killed").glob("*"):
+        assert path.suffix in (".pt", ".csv", ".json", ".png")  # and what the kills left is gone
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                picture.load()
+
+
+KILLED_TEACHER = """
+runs, *words = sys.argv[1:]
+def work(late):  # killed in its fifth epoch; an epoch seems to take 100 seconds or, if not late, none
+    clock, epochs = itertools.count(0, 100 * late), itertools.count()
+    iadd.time = types.SimpleNamespace(time=lambda: next(clock))
+    original = iadd.train
+    def train(*args):
+        if next(epochs) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+    iadd.train = train
+    return main([*words, "--runs", runs])
+for late, expected in (False, None), (True, 4), (True, 8):
+    pid = child(lambda: work(late))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    files = list(iadd.Path(runs).rglob("teachers/*.pt"))
+    assert [len(iadd.load(file)["thetas"]) - 1 for file in files] == ([expected] if expected else []), files
+"""
+
+
+def test_a_killed_teacher_goes_on(small, tmp_path):
+    """What is older than a minute is saved, and the trajectory goes on bit for bit."""
+    tmp, options, folder = small
+    words = ["teachers", *options[:2], *options[4:], *TEACH, "--teachers", 1, "--epochs", 10]
+    script(KILLED_TEACHER, tmp_path / "killed", *words)
+    paths = []
+    for name in ("killed", "whole"):
+        assert command(*words, "--runs", tmp_path / name) == 0
+        paths.append(tmp_path / name / folder.name / "teachers" / "000.pt")
+    killed, whole = (iadd.load(path)["thetas"] for path in paths)
+    assert len(whole) == 11 and torch.equal(killed, whole)
+
+
+def wait_for(condition, process=None, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end and (process is None or process.poll() is None)
+        time.sleep(0.02)
+
+
+def lines_of(process):
+    """What a process said to the end, without its progress bars."""
+    out, error = process.communicate(timeout=60)
+    return [line for line in re.split("[\r\n]+", error) if line and "it/s" not in line and "it]" not in line], out
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signals_save_and_exit_with_one_line(small, name):
+    tmp, options, folder = small
+    words = ["distill", *options, *DISTILL, "--name", name]
+    process = subprocess.Popen([sys.executable, iadd.__file__, *map(str, words), "--iterations", "1000000"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for((folder / name / "log.csv").exists, process)
+    process.send_signal(getattr(signal, name))
+    lines, _ = lines_of(process)
+    assert lines == ["iadd.py: interrupted: what is done is saved, and the same command goes on from there"]
+    assert process.returncode == 128 + getattr(signal, name)
+    saved = state_of(folder / name)["iteration"]
+    assert 10 <= saved < 500  # long before its first checkpoint
+    for name in (name, f"{name} never"):
+        assert command("distill", *options, *DISTILL, "--name", name, "--iterations", saved + 2) == 0
+    first, second = (state_of(folder / n) for n in (name[:-6], name))
+    assert identical(first, second)
+
+
+def test_interrupted_teachers_keep_their_epochs(small, tmp_path, monkeypatch, capsys):
+    tmp, options, folder = small
+    words = ["teachers", *options, *TEACH, "--runs", tmp_path, "--teachers", 2, "--epochs", 4]
+    train, calls = iadd.train, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 7:  # the third epoch of the second teacher
+            os.kill(os.getpid(), signal.SIGTERM)
+        train(*args)
+
+    monkeypatch.setattr(iadd, "train", interrupted)
+    assert command(*words) == 128 + signal.SIGTERM
+    teachers = tmp_path / folder.name / "teachers"
+    assert [len(iadd.load(teachers / f"00{k}.pt")["thetas"]) for k in (0, 1)] == [5, 3]
+    assert "the same command goes on" in capsys.readouterr().err
+    assert command(*words) == 0 and len(calls) == 9
+    straight = iadd.load(teachers / "001.pt")["thetas"].clone()
+    assert "000.pt has lr_teacher 0.05, not 0.02: --restart" in refused(capsys, *words, "--lr-teacher", 0.02)
+    assert command(*words, "--lr-teacher", 0.02, "--restart") == 0
+    assert torch.equal(iadd.load(teachers / "old" / "001.pt")["thetas"], straight)
+    assert not torch.equal(iadd.load(teachers / "001.pt")["thetas"], straight)
+    settings = json.loads((teachers / "settings.json").read_text())
+    assert settings["settings"]["lr_teacher"] == 0.02 and settings["torch"] == torch.__version__
+    assert settings["threads"] == torch.get_num_threads() and settings["device"].startswith("CPU")
+
+
+def test_a_folder_has_one_writer(small, capsys):
+    tmp, options, folder = small
+    distill = ["distill", *options, *DISTILL, "--name", "shared", "--iterations", 2]
+    with iadd.exclusive(folder / "shared"):
+        assert "another run is writing to" in refused(capsys, *distill)
+        assert not (folder / "shared").exists()
+    with iadd.exclusive(folder / "teachers"):
+        assert "another run is writing to" in refused(capsys, "teachers", *options, *TEACH, "--teachers", 9)
+        assert command(*distill) == 0  # reading is no writing
+    assert len(list((folder / "teachers").glob("*.pt"))) == 3
+
+
+def test_full_disk_and_forbidden_folder(small, capsys, monkeypatch):
+    """One line, and the last good state stays. No disk is filled here: writes fail as they would on a full one."""
+    tmp, options, folder = small
+    distill = ["distill", *options, *DISTILL, "--name", "full", "--checkpoint-every", 2, "--iterations"]
+    assert command(*distill, 4) == 0
+    before = state_of(folder / "full")
+    fsync, calls = os.fsync, []
+
+    def full(file):
+        calls.append(file)
+        if len(calls) > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = refused(capsys, *distill, 40)
+    assert "cannot write" in message and "No space left on device; what was there before is kept" in message
+    after = state_of(folder / "full")
+    assert after["iteration"] == 6 > before["iteration"] and not list((folder / "full").glob("*.tmp"))
+    assert "No space left" in refused(capsys, "teachers", *options, *TEACH, "--teachers", 4)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert command(*distill, 8) == 0 and state_of(folder / "full")["iteration"] == 8
+    results = folder / "full" / "results.jsonl"
+    results.write_text("one line\n")
+    script("""
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # bytes: the second line begins, but does not fit
+try:
+    iadd.append_line(iadd.Path(sys.argv[1]), 99 * "x")
+except iadd.UserError as error:
+    assert "results.jsonl: the disk is full" in str(error)
+""", results)
+    assert results.read_text() == "one line\n"
+    blocked = tmp / "blocked"
+    blocked.write_text("a file where a folder should be")
+    assert "blocked" in refused(capsys, "teachers", *options, "--runs", blocked)
+    if os.getuid():  # root may write everywhere
+        (tmp / "locked").mkdir(mode=0o500)
+        assert "Permission denied" in refused(capsys, "teachers", *options, "--runs", tmp / "locked")
+
+
+# ---- numbers that run away ------------------------------------------------------------------------
+
+def test_max_loss_skips_and_counts(small, capsys, monkeypatch):
+    tmp, options, folder = small
+    words = ["distill", *options, *DISTILL, "--iterations", 12]
+    assert command(*words, "--name", "smooth", "--checkpoint-every", 1) == 0
+    assert {row["skipped"] for row in state_of(folder / "smooth")["log"]} == {0}
+    loss, calls = iadd.iadd_loss, itertools.count(1)
+    monkeypatch.setattr(iadd, "iadd_loss", lambda *args: loss(*args) * (1e6 if next(calls) in (4, 5, 11) else 1))
+    assert command(*words, "--name", "spiky", "--max-loss", 1000, "--checkpoint-every", 1) == 0
+    rows = state_of(folder / "spiky")["log"]
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 3, 3]
+    assert rows[2]["alpha"] == rows[3]["alpha"] == rows[4]["alpha"] != rows[5]["alpha"] and rows[3]["loss"] > 1000
+    assert rows[2]["alpha"] == state_of(folder / "smooth")["log"][2]["alpha"]
+    calls = itertools.count(1)
+    assert command(*words, "--name", "wild", "--restart") == 2  # nothing is skipped unasked
+    message = refused(capsys, *words, "--name", "always", "--max-loss", 1e-9)
+    assert "diverged by iteration 10" in message and "no --max-loss" in message
+    assert state_of(folder / "always")["iteration"] == 9
+
+
+def test_out_of_memory_names_the_option(monkeypatch, capsys):
+    def fails(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...\nMore")
+
+    for name, option in (("teachers", "--batch-real or --width"), ("distill", "--batch, --steps or --width"),
+                         ("eval", "--width")):
+        monkeypatch.setattr(iadd, f"command_{name}", fails)
+        message = refused(capsys, name)
+        assert re.search(r"out of memory, at a peak of \d+\.\d\d GB: a smaller " + option + " needs less", message)
+        assert "Tried to allocate 2.00 GiB" in message and "More" not in message
+
+
+def test_batchnorm_is_refused():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    for use in (iadd.functional, iadd.flat_loss, iadd.student_step):
+        with pytest.raises(UserError, match="BatchNorm"):
+            use(net)
+
+
+# ---- several processes ----------------------------------------------------------------------------
+
+SEVERAL = "n, port, *words = sys.argv[1:]\nprint(*ranks(int(n), port, *words))\n"
+
+
+def several(n, *words):
+    """A command in n processes: their exit codes and the lines that they wrote, but for progress bars."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    codes, *lines = script(SEVERAL, n, port, *words)
+    return [int(code) for code in codes.split()], lines
+
+
+def test_several_processes_are_one_to_rounding(small, straight, capsys, tmp_path):
+    tmp, options, folder = small
+    words = ["teachers", *options, *TEACH, "--teachers", 3, "--epochs", 3]
+    codes, lines = several(2, *words, "--runs", tmp_path)
+    teachers = sorted((tmp_path / folder.name / "teachers").glob("*.pt"))
+    assert codes == [0, 0] and [path.name for path in teachers] == ["000.pt", "001.pt", "002.pt"]
+    for path in teachers:
+        assert torch.allclose(iadd.load(path)["thetas"], iadd.load(folder / "teachers" / path.name)["thetas"], atol=1e-5)
+    words = ["distill", *options, *DISTILL, "--checkpoint-every", 20]
+    for n, name in (2, "two"), (3, "three"):  # 3 images in a student step: 2 and 1, and one each
+        codes, lines = several(n, *words, "--iterations", 60, "--name", name)
+        assert codes == [0] * n and close(state_of(folder / name), straight)
+        assert not identical(state_of(folder / name), straight)  # or nothing has been shared out
+    assert close(state_of(folder / "two"), state_of(folder / "three"))
+    for n, T in (2, 20), (1, 30), (3, 60):  # any number of processes goes on from a checkpoint
+        assert several(n, *words, "--iterations", T, "--name", "mixed")[0] == [0] * n
+    assert close(state_of(folder / "mixed"), straight)
+    assert [row["iteration"] for row in state_of(folder / "mixed")["log"]] == [10, 20, 30, 40, 50, 60]
+    assert several(4, *words, "--iterations", 60, "--name", "two") == ([2] * 4, [
+        "iadd.py: rank 0: error: 4 processes cannot share out the 3 images of a student step"])
+    rows = []
+    for n in 1, 2:
+        assert several(n, "eval", *options, "--name", "whole", "--on", "distilled", "random", "--nets", 3,
+                       "--eval-epochs", 5)[0] == [0] * n
+        rows.append([json.loads(line) for line in open(folder / "whole" / "results.jsonl")])
+    alone, together = rows[0], rows[1][len(rows[0]):]
+    assert len(together) == 2 and [row["accuracies"] for row in alone] == [row["accuracies"] for row in together]
+    assert [code for code in several(2, "bench")[0]] == [2, 2]
+
+
+def test_only_rank_0_speaks(small):
+    """Each line once, and no traceback, whether a command does its work or refuses it."""
+    tmp, options, folder = small
+    codes, lines = several(2, "distill", *options, *DISTILL, "--iterations", 60, "--name", "whole", "--checkpoint-every", 4)
+    assert codes == [0, 0] and not lines, lines  # standard output is not captured here
+    for words, says in ((["distill", *options, "--ipc", 99, "--zca", "--max-start-epoch", 1], "IPC 99 is too large"),
+                        (["distill", "--dataset", "nonsense"], "unknown dataset"),
+                        (["distill", "--ipc", "x"], "invalid number value")):
+        codes, lines = several(2, *words)
+        assert codes == [2, 2] and len([line for line in lines if "error:" in line]) == 1 and says in lines[-1], lines
+
+
+def test_a_rank_that_dies_ends_the_job(small):
+    """With torchrun itself: one of two processes is killed, the job says so, and one process goes on."""
+    tmp, options, folder = small
+    words = ["distill", *options, *DISTILL, "--name", "orphan", "--checkpoint-every", 7]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", iadd.__file__]
+    job = subprocess.Popen([*torchrun, *map(str, words), "--iterations", "1000000"], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)
+    wait_for((folder / "orphan" / "log.csv").exists, job)
+    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    last = next(pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(last), signal.SIGKILL)
+    lines, _ = lines_of(job)
+    print(*lines, sep="\n")
+    ours = [line for line in lines if "iadd.py: " in line]  # it hears of it by the lost contact, or from torchrun
+    assert len(ours) == 1 and ("rank 0: error: another process of this job has ended" in ours[0] or "interrupted" in ours[0])
+    assert job.returncode and "Signal 9 (SIGKILL)" in " ".join(lines)
+    saved = state_of(folder / "orphan")["iteration"]
+    assert saved >= 7
+    assert command(*words, "--iterations", saved + 1) == 0
+    assert command(*words[:-4], "--name", "parent", "--iterations", saved + 1, "--checkpoint-every", 7) == 0
+    assert close(state_of(folder / "orphan"), state_of(folder / "parent"))
 
 
 # ---- bad input: one clear line, exit code 2 -------------------------------------------------------
@@ -1363,11 +1809,10 @@ def test_save_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
     iadd.save({"a": torch.ones(3)}, path)
 
-    def dies_half_way(obj, file):
-        Path(file).write_bytes(b"half")
-        raise OSError("No space left on device")
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", dies_half_way)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left"):
         iadd.save({"a": torch.zeros(3)}, path)
     assert iadd.load(path, "a")["a"].tolist() == [1, 1, 1] and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
