@@ -12,12 +12,14 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
 import time
 import urllib.error
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -660,6 +662,49 @@ def test_greyscale_folder(tmp_path):
     assert data.shape == (1, 32, 32)
 
 
+def test_unusual_images_are_read_rightly_or_refused_by_name(tmp_path, capsys):
+    """Palette, alpha, CMYK, rotated by EXIF, one bit; too deep, truncated, absurdly large."""
+    def read(name, image, **options):
+        image.save(tmp_path / name, **options)
+        return iadd.read_image(str(tmp_path / name), None).tolist()
+
+    red_blue = Image.new("RGB", (2, 1), (255, 0, 0))
+    red_blue.putpixel((1, 0), (0, 0, 255))
+    pixels = [[[255, 0, 0], [0, 0, 255]]]
+    assert read("palette.png", red_blue.convert("P", palette=Image.Palette.ADAPTIVE)) == pixels
+    assert read("palette.gif", red_blue.convert("P", palette=Image.Palette.ADAPTIVE)) == pixels
+    assert read("alpha.png", red_blue.convert("RGBA")) == pixels
+    assert read("cmyk.tif", red_blue.convert("CMYK")) == pixels
+    assert read("bits.png", Image.new("1", (2, 1), 1)) == [[[255], [255]]]
+    grey = Image.new("LA", (2, 1), (77, 255))
+    assert read("grey.png", grey) == [[[77], [77]]]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter: red on the left comes to lie on top
+    assert read("turned.png", red_blue, exif=exif) == [[[255, 0, 0]], [[0, 0, 255]]]
+
+    (tmp_path / "deep.png").write_bytes(b"")
+    for name, image in (("deep.png", Image.fromarray(np.full((8, 8), 999, np.uint16))),
+                        ("float.tif", Image.fromarray(np.full((8, 8), .5, np.float32)))):
+        with pytest.raises(UserError, match=f"{name}.*8-bit images are needed"):
+            read(name, image)
+    whole = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    for name in ("cut.jpg", "cut.png"):
+        whole.save(tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:len(content) // 2])
+        with pytest.raises(UserError, match=f"cannot read the image .*{name}"):
+            iadd.read_image(str(tmp_path / name), None)
+    root = make_folder(tmp_path / "bombs")
+    bomb = root / "train" / "cat" / "0.png"  # whose header promises more pixels than a computer should believe
+    content = bytearray(bomb.read_bytes())
+    for side in (10 ** 4, 10 ** 5):
+        content[16:24] = struct.pack(">II", side, side)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+        bomb.write_bytes(content)
+        message = refused(capsys, "teachers", "--dataset", root, "--size", 32, "--runs", tmp_path / "runs")
+        assert "train/cat/0.png" in message and "decompression bomb" in message
+
+
 def make_tiny_imagenet(root):
     """Three classes, as Tiny ImageNet is laid out, with everything in it that must be ignored."""
     rng, wnids = np.random.default_rng(0), ["n03", "n01", "n02"]
@@ -1198,7 +1243,7 @@ def test_run_all_paper(tmp_path):
 # ---- nothing lost: interruptions, other runs, full disks ------------------------------------------
 
 CHILDREN = """
-import contextlib, importlib, itertools, json, mmap, os, random, signal, struct, sys, time, types
+import itertools, json, mmap, os, random, signal, socket, struct, sys, time, types
 import iadd
 from iadd import main
 
@@ -1557,58 +1602,65 @@ def test_batchnorm_is_refused():
 
 # ---- several processes ----------------------------------------------------------------------------
 
-SEVERAL = "n, port, *words = sys.argv[1:]\nprint(*ranks(int(n), port, *words))\n"
-
-
-def several(n, *words):
-    """A command in n processes: their exit codes and the lines that they wrote, but for progress bars."""
+SEVERAL = """
+for n, words in json.loads(sys.argv[1]):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    codes, *lines = script(SEVERAL, n, port, *words)
-    return [int(code) for code in codes.split()], lines
+        port = str(free.getsockname()[1])
+    codes = ranks(n, port, *words)
+    sys.stderr.flush()
+    print("codes", *codes, file=sys.stderr)
+"""
+
+
+def several(*commands):
+    """Runs commands (n, *words) in n processes each: for each the exit codes and the lines of standard error."""
+    lines, results = script(SEVERAL, json.dumps([[n, [str(word) for word in words]] for n, *words in commands])), []
+    for line in lines:
+        if line.startswith("codes "):
+            results.append(([int(code) for code in line.split()[1:]], lines[:lines.index(line)]))
+            lines = lines[lines.index(line) + 1:]
+    return results
 
 
 def test_several_processes_are_one_to_rounding(small, straight, capsys, tmp_path):
     tmp, options, folder = small
-    words = ["teachers", *options, *TEACH, "--teachers", 3, "--epochs", 3]
-    codes, lines = several(2, *words, "--runs", tmp_path)
+    distill = ["distill", *options, *DISTILL, "--checkpoint-every", 20, "--iterations"]
+    evaluation = ["eval", *options, "--name", "whole", "--on", "distilled", "random", "--nets", 3, "--eval-epochs", 5]
+    results = several(
+        (2, "teachers", *options, *TEACH, "--teachers", 3, "--epochs", 3, "--runs", tmp_path),
+        (2, *distill, 60, "--name", "two"), (3, *distill, 60, "--name", "three"),  # 3 images: 2 and 1, or one each
+        (2, *distill, 20, "--name", "mixed"), (1, *distill, 30, "--name", "mixed"), (3, *distill, 60, "--name", "mixed"),
+        (1, *evaluation), (2, *evaluation))
+    assert [codes for codes, _ in results] == [[0] * n for n in (2, 2, 3, 2, 1, 3, 1, 2)], results
     teachers = sorted((tmp_path / folder.name / "teachers").glob("*.pt"))
-    assert codes == [0, 0] and [path.name for path in teachers] == ["000.pt", "001.pt", "002.pt"]
+    assert [path.name for path in teachers] == ["000.pt", "001.pt", "002.pt"]
     for path in teachers:
         assert torch.allclose(iadd.load(path)["thetas"], iadd.load(folder / "teachers" / path.name)["thetas"], atol=1e-5)
-    words = ["distill", *options, *DISTILL, "--checkpoint-every", 20]
-    for n, name in (2, "two"), (3, "three"):  # 3 images in a student step: 2 and 1, and one each
-        codes, lines = several(n, *words, "--iterations", 60, "--name", name)
-        assert codes == [0] * n and close(state_of(folder / name), straight)
-        assert not identical(state_of(folder / name), straight)  # or nothing has been shared out
-    assert close(state_of(folder / "two"), state_of(folder / "three"))
-    for n, T in (2, 20), (1, 30), (3, 60):  # any number of processes goes on from a checkpoint
-        assert several(n, *words, "--iterations", T, "--name", "mixed")[0] == [0] * n
-    assert close(state_of(folder / "mixed"), straight)
+    for name in ("two", "three", "mixed"):  # any number of processes goes on from a checkpoint
+        assert close(state_of(folder / name), straight) and not identical(state_of(folder / name), straight)
     assert [row["iteration"] for row in state_of(folder / "mixed")["log"]] == [10, 20, 30, 40, 50, 60]
-    assert several(4, *words, "--iterations", 60, "--name", "two") == ([2] * 4, [
-        "iadd.py: rank 0: error: 4 processes cannot share out the 3 images of a student step"])
-    rows = []
-    for n in 1, 2:
-        assert several(n, "eval", *options, "--name", "whole", "--on", "distilled", "random", "--nets", 3,
-                       "--eval-epochs", 5)[0] == [0] * n
-        rows.append([json.loads(line) for line in open(folder / "whole" / "results.jsonl")])
-    alone, together = rows[0], rows[1][len(rows[0]):]
-    assert len(together) == 2 and [row["accuracies"] for row in alone] == [row["accuracies"] for row in together]
-    assert [code for code in several(2, "bench")[0]] == [2, 2]
+    assert json.loads((folder / "three" / "settings.json").read_text())["processes"] == 3
+    rows = [json.loads(line) for line in open(folder / "whole" / "results.jsonl")]
+    assert [row["on"] for row in rows] == ["distilled", "random"] * 2
+    assert [row["accuracies"] for row in rows[:2]] == [row["accuracies"] for row in rows[2:]]
 
 
 def test_only_rank_0_speaks(small):
-    """Each line once, and no traceback, whether a command does its work or refuses it."""
+    """Each line once, and no traceback, whether the processes do their work or refuse it."""
     tmp, options, folder = small
-    codes, lines = several(2, "distill", *options, *DISTILL, "--iterations", 60, "--name", "whole", "--checkpoint-every", 4)
-    assert codes == [0, 0] and not lines, lines  # standard output is not captured here
-    for words, says in ((["distill", *options, "--ipc", 99, "--zca", "--max-start-epoch", 1], "IPC 99 is too large"),
-                        (["distill", "--dataset", "nonsense"], "unknown dataset"),
-                        (["distill", "--ipc", "x"], "invalid number value")):
-        codes, lines = several(2, *words)
-        assert codes == [2, 2] and len([line for line in lines if "error:" in line]) == 1 and says in lines[-1], lines
+    done, *others = several(
+        (2, "teachers", *options, *TEACH, "--teachers", 3, "--ipc", 1),
+        (2, "distill", *options, "--ipc", 99, "--zca", "--max-start-epoch", 1),
+        (2, "distill", "--dataset", "nonsense"), (2, "distill", "--ipc", "x"),
+        (4, "distill", *options, "--name", "four"), (2, "bench"), (2, "eval", *options, "--device", "toaster"))
+    assert done == ([0, 0], [])
+    for (codes, lines), says in zip(others, (
+            "IPC 99 is too large", "unknown dataset 'nonsense'", "invalid number value: 'x'",
+            "4 processes cannot share out the 3 images of a student step", "bench is for one process")):
+        errors = [line for line in lines if "error" in line]
+        assert set(codes) == {2} and len(errors) == 1 and says in errors[0] and "Traceback" not in " ".join(lines), lines
+    assert len(others[-1][1]) == 2 and all("toaster" in line for line in others[-1][1])  # each has a device of its own
 
 
 def test_a_rank_that_dies_ends_the_job(small):
@@ -1791,6 +1843,20 @@ def test_corrupt_files_are_named(run, tmp_path, capsys):
         (other / "000.pt").write_bytes(content)
         for step in ("teachers", "distill"):
             assert "000.pt is damaged" in refused(capsys, step, *options, "--runs", tmp_path / "runs", "--ipc", 1)
+
+
+def test_a_damaged_checkpoint_is_named_and_restart_begins_anew(small, capsys):
+    tmp, options, folder = small
+    words = ["distill", *options, *DISTILL, "--name", "hurt", "--iterations"]
+    assert command(*words, 4) == 0
+    path = folder / "hurt" / "distilled.pt"
+    good = path.read_bytes()
+    momentum = iadd.load(path)["momentum"].numpy().tobytes()
+    for content in (good[:-9], flipped(good, 8 * good.index(momentum) + 17)):
+        path.write_bytes(content)
+        assert "hurt/distilled.pt is damaged" in refused(capsys, *words, 8)
+    assert command(*words, 4, "--restart") == 0 and iadd.load(path)["iteration"] == 4
+    assert not (folder / "hurt" / "old").exists()  # what is damaged takes the place of nothing
 
 
 class Evil:
