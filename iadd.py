@@ -154,14 +154,14 @@ def append_line(path: Path, line: str) -> None:
 @contextlib.contextmanager
 def exclusive(folder: Path):
     """Meanwhile no other run may write into `folder`: it gets a UserError. The lock ends with the process, however that
-    ends. Where a file system, or Windows, has no locks, there is none."""
+    ends. On Windows and on file systems without locks there is none."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "a") as lock:
         try:
             import fcntl
             RANK == 0 and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another run is writing to {folder}: wait for it, or choose another --name or --runs") from None
+            raise UserError(f"another run is writing to {folder}: wait, or choose another --name or --runs") from None
         except (ImportError, OSError):
             pass
         for left_by_a_killed_run in folder.glob("*.tmp") if RANK == 0 else ():
@@ -189,8 +189,8 @@ def total(x: Tensor) -> Tensor:
         if RANKS > 1:
             torch.distributed.all_reduce(x)
     except RuntimeError as error:
-        raise RankError("another process of this job has ended; what was done is saved, and the same command goes on from "
-                        f"there ({str(error).splitlines()[0]})") from None
+        raise RankError("another process of this job has ended; what is done is saved, and the same command goes on "
+                        f"from there ({str(error).splitlines()[0]})") from None
     return x
 
 @contextlib.contextmanager

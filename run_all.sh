@@ -5,6 +5,7 @@
 # ./run_all.sh paper            the commands of the paper's tables; those that have been run are marked
 # ./run_all.sh paper CELL ...   runs those of a table, a column or a cell, such as table1/cifar10/ipc1 or table4/iadd
 # Options on data, files and the machine go to every step, here after --: ./run_all.sh paper table4 -- --data-dir covid.zip
+# What was interrupted goes on when it is started again. GPUS=4 ./run_all.sh ... uses four GPUs of this machine.
 # Everything is installed into .venv; PYTHON=python3.12 ./run_all.sh chooses the interpreter that makes it.
 set -euo pipefail
 caller=$PWD
@@ -22,7 +23,9 @@ set_up() {
         cp requirements.txt .venv/installed
     fi
     python=$PWD/.venv/bin/python
-    script=$PWD/iadd.py
+    iadd=("$python")
+    [ "${GPUS:-1}" = 1 ] || iadd+=(-m torch.distributed.run --nproc-per-node "$GPUS")
+    iadd+=("$PWD/iadd.py")
 }
 
 # The cells of Tables 1, 3 and 4 that we can measure, "name iadd.py's arguments", a line for each step. (Table 2
@@ -81,7 +84,7 @@ paper() {
             else
                 echo "== $name: python iadd.py $arguments ${options[*]:-}"
                 # shellcheck disable=SC2086  # the arguments are words
-                "$python" "$script" $arguments ${options[@]+"${options[@]}"}
+                "${iadd[@]}" $arguments ${options[@]+"${options[@]}"}
                 mkdir -p runs && echo "$line" >>"$finished"
             fi
             break
@@ -91,7 +94,7 @@ paper() {
 
 case "${1:-}" in
     -h | --help)
-        sed -n '2,8s/^# //p' run_all.sh
+        sed -n '2,9s/^# //p' run_all.sh
         ;;
     test)
         set_up
@@ -104,9 +107,9 @@ case "${1:-}" in
         ;;
     "")
         set_up
-        "$python" "$script" teachers --dataset shapes --ipc 1
-        "$python" "$script" distill --dataset shapes --ipc 1
-        "$python" "$script" eval --dataset shapes --ipc 1 --on distilled random full
+        "${iadd[@]}" teachers --dataset shapes --ipc 1
+        "${iadd[@]}" distill --dataset shapes --ipc 1
+        "${iadd[@]}" eval --dataset shapes --ipc 1 --on distilled random full
         echo "the distilled images: $(ls "$PWD"/runs/shapes_*/ipc1_iadd_seed0/images_*.png | tail -n 1)"
         ;;
     *)
@@ -115,8 +118,8 @@ case "${1:-}" in
         shift
         case ${1:-} in [0-9]*) ipc=$1 && shift ;; esac
         cd "$caller" # so that paths mean what they mean to the caller
-        "$python" "$script" teachers --dataset "$dataset" --ipc "$ipc" "$@"
-        "$python" "$script" distill --dataset "$dataset" --ipc "$ipc" "$@"
-        "$python" "$script" eval --dataset "$dataset" --ipc "$ipc" --on distilled random "$@"
+        "${iadd[@]}" teachers --dataset "$dataset" --ipc "$ipc" "$@"
+        "${iadd[@]}" distill --dataset "$dataset" --ipc "$ipc" "$@"
+        "${iadd[@]}" eval --dataset "$dataset" --ipc "$ipc" --on distilled random "$@"
         ;;
 esac
