@@ -1013,8 +1013,8 @@ def distil(args: argparse.Namespace, data: Dataset, teachers: list[Tensor], stat
     elif RANK == 0:
         picture()
     start, spikes = time.time() - state["seconds"], 0
-    try:
-        with progress_bar(losses, total=args.iterations, initial=state["iteration"], unit="it") as bar:
+    with progress_bar(losses, total=args.iterations, initial=state["iteration"], unit="it") as bar:
+        try:
             for t, loss in enumerate(bar, state["iteration"] + 1):
                 spikes = spikes + 1 if args.max_loss and loss > args.max_loss else 0
                 now = {**state, **{key: x.detach().clone() for key, x in moving.items()}, "iteration": t,
@@ -1038,10 +1038,10 @@ def distil(args: argparse.Namespace, data: Dataset, teachers: list[Tensor], stat
                 if tests:
                     evaluate(args, data, test, out, "distilled", lambda: (images.detach(), labels), "convnet",
                              {"alpha": alpha.item(), "iteration": t, "settings": settings}, compile=False)
-    except BaseException:
-        on_signals(signal.SIG_IGN)
-        checkpoint()
-        raise
+        except BaseException:  # KeyboardInterrupt, too
+            on_signals(signal.SIG_IGN)
+            checkpoint()
+            raise
     print(f"{args.iterations} iterations in {time.time() - start:.0f} s, peak memory {peak_memory(args.device):.2f} GB;"
           f" loss {loss:.4f}, alpha {args.alpha:g} -> {alpha.item():.5f}; {out}/distilled.pt")
 
