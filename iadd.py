@@ -134,22 +134,26 @@ def load(path: Path, *keys: str) -> dict:
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if content.pop("checksum") != checksum(content) or not content.keys() >= set(keys):
-            raise ValueError(f"not the {' and '.join(keys)} that were saved")
+            raise ValueError("not what was saved")
         return content
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # torch raises half a dozen types for a damaged file
-        raise UserError(f"{path} is damaged or not such a file of iadd.py: {type(error).__name__} {error}") from None
+        raise UserError(f"{path} is damaged or not such a file of iadd.py ({type(error).__name__} {error}); delete it, "
+                        "and the command that made it makes it anew") from None
 
 RESULT = "images", "labels", "alpha", "W", "mean", "scale", "classes", "settings", "iteration"  # of distilled.pt
 
 def append_line(path: Path, line: str) -> None:
     """By one write, so that lines of several runs do not mix; taken back if the disk does not hold all of it."""
-    with open(path, "ab", buffering=0) as file:
-        size, content = file.tell(), f"{line}\n".encode()
-        if file.write(content) < len(content):
-            file.truncate(size)
-            raise UserError(f"cannot write {path}: the disk is full")
+    try:
+        with open(path, "ab", buffering=0) as file:
+            size, content = file.tell(), f"{line}\n".encode()
+            if file.write(content) < len(content):
+                file.truncate(size)
+                raise OSError("the disk is full")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 @contextlib.contextmanager
 def exclusive(folder: Path):
@@ -169,28 +173,27 @@ def exclusive(folder: Path):
         yield
 
 def set_aside(folder: Path, *patterns: str) -> None:
-    """Moves the files of these names into folder/old, in place of what --restart moved there before."""
-    shutil.rmtree(folder / "old", ignore_errors=True)
-    (folder / "old").mkdir()
-    for file in [file for pattern in patterns for file in folder.glob(pattern)]:
-        file.replace(folder / "old" / file.name)
+    """Moves the files of these names, if there are any, into folder/old, or old2, old3, ..."""
+    if files := [file for pattern in patterns for file in folder.glob(pattern)]:
+        old = next(old for n in itertools.count(1) if not (old := folder / f"old{n if n > 1 else ''}").exists())
+        old.mkdir()
+        for file in files:
+            file.replace(old / file.name)
 
 # -------- Several processes, and interruptions ------------------------------------------------------------------------
 # torchrun starts the processes, the "ranks". Teachers, students' mini-batches and evaluated networks are shared out and
 # the results added up. Rank 0 prints and writes; the others write their teachers.
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-class RankError(UserError):
-    """Of one rank alone, which therefore says so itself, whatever its number."""
+RANK, RANKS = 0, 1
+if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+    RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 def total(x: Tensor) -> Tensor:
-    """The sum of x over all ranks, in place; everybody waits for it. Raises RankError if one of them has ended."""
+    """The sum of x over all ranks, in place; everybody waits for it. Raises UserError if one of them has ended."""
     try:
         if RANKS > 1:
             torch.distributed.all_reduce(x)
     except RuntimeError as error:
-        raise RankError("another process of this job has ended; what is done is saved, and the same command goes on "
-                        f"from there ({str(error).splitlines()[0]})") from None
+        raise UserError(f"another process of this job has ended ({str(error).splitlines()[0]})") from None
     return x
 
 @contextlib.contextmanager
@@ -857,77 +860,80 @@ def command_teachers(args: argparse.Namespace) -> None:
     if shorten:  # the only epochs that distill with the preset of this IPC reads
         args.epochs = args.max_start_epoch - 1 + args.expert_epochs
     settings = {**shared, "lr_teacher": args.lr_teacher, "batch_real": args.batch_real, "seed": args.seed}
+    paths = [folder / f"{k:03d}.pt" for k in range(args.teachers)]
     with exclusive(folder):
         with rank_0_first():
             if args.restart and RANK == 0:
                 set_aside(folder, "*.pt", "settings.json")
-        describe(args, folder, {"teachers": args.teachers, "epochs": args.epochs, **settings})
-        train_teachers(args, data, settings, [folder / f"{k:03d}.pt" for k in range(args.teachers)])
+        trained = {}  # the trajectories so far
+        for path in filter(Path.exists, paths):
+            old = load(path, "thetas", "settings")
+            if wrong := differences(old["settings"], settings):
+                raise UserError(f"{path} has {wrong}: --restart trains all anew, --runs DIR chooses another folder")
+            trained[path] = list(old["thetas"])
+        todo = [path for path in paths if len(trained.get(path, [0])) <= args.epochs]
+        print(f"{len(paths) - len(todo)} of {len(paths)} teachers are complete in {folder}")
+        total(torch.zeros(1))  # before anyone writes, all have looked
+        if todo:
+            describe(args, folder, {"teachers": args.teachers, "epochs": args.epochs, **settings})
+            start, score = time.time(), train_teachers(args, data, settings, todo[RANK::RANKS], trained)
+            total(torch.zeros(1))  # nobody leaves the folder to other runs before all have done with it
+            size = sum(path.stat().st_size for path in paths) / 1e6
+            print(f"{len(todo)} teachers trained in {time.time() - start:.0f} s, peak memory "
+                  f"{peak_memory(args.device):.2f} GB; one of them has {score:.1f} % test accuracy; {len(paths)} take "
+                  f"{size:.0f} MB of disk")
 
-def train_teachers(args: argparse.Namespace, data: Dataset, settings: dict, paths: list[Path]) -> None:
-    """Trains what is missing of the teachers at `paths`. An interruption costs no more than a minute and an epoch."""
-    trained = {}  # the trajectories so far
-    for path in filter(Path.exists, paths):
-        old = load(path, "thetas", "settings")
-        if wrong := differences(old["settings"], settings):
-            raise UserError(f"{path} has {wrong}: --restart trains all anew, --runs DIR chooses another folder")
-        trained[path] = list(old["thetas"])
-    left = {path: args.epochs + 1 - len(trained.get(path, [0])) for path in paths}  # epochs
-    todo = [path for path in paths if left[path] > 0]
-    print(f"{len(paths) - len(todo)} of {len(paths)} teachers are complete in {paths[0].parent}")
-    if not (todo := todo[RANK::RANKS]):
-        return
+def train_teachers(args: argparse.Namespace, data: Dataset, settings: dict, paths: list[Path], trained: dict) -> float:
+    """Trains the teachers at `paths` to the end, from where they stand in `trained`. An interruption costs a minute and
+    an epoch at most. Returns the test accuracy of the last."""
     normalise = Normalisation.fit(data.train[0], args.zca, args.device)
-    (x, y), (x_test, y_test) = ((normalise(i), l.to(args.device)) for i, l in (data.train, data.test))
-    net = build("convnet", data, args.width, args.depth).to(args.device)
-    an_epoch = math.ceil(len(x) / args.batch_real)
-    compile, record = accelerators(net, x[:args.batch_real], 3 * len(paths) * args.epochs * an_epoch, args.compile)
-    ell, start = record(compile(flat_loss(net))), time.time()
-    with progress_bar(total=an_epoch * sum(left[path] for path in todo), unit="step") as bar:
-        for path in todo:
-            seed, score, kept = (args.seed, "teacher", int(path.stem)), None, time.time()
+    (x, y), test = ((normalise(i), l.to(args.device)) for i, l in (data.train, data.test))
+    net, an_epoch = build("convnet", data, args.width, args.depth).to(args.device), math.ceil(len(x) / args.batch_real)
+    compile, record = accelerators(net, x[:args.batch_real], 3 * args.teachers * args.epochs * an_epoch, args.compile)
+    ell, score = record(compile(flat_loss(net))), math.nan
+    left = sum(args.epochs + 1 - len(trained.get(path, [0])) for path in paths)  # epochs
+    with progress_bar(total=an_epoch * left, unit="step") as bar:
+        for path in paths:
+            seed, saved = (args.seed, "teacher", int(path.stem)), time.time()
             seed_all(*seed)
             thetas = trained.get(path) or [flat_parameters(build("convnet", data, args.width, args.depth))]
             epochs = range(len(thetas) - 1, args.epochs)
             def keep():
-                save({"thetas": torch.stack(thetas), "settings": settings, "test_accuracy": score}, path)
+                save({"thetas": torch.stack(thetas), "settings": settings}, path)
             try:
                 for theta in train_teacher(ell, thetas[-1], x, y, epochs, seed, args.lr_teacher, args.batch_real,
                                            bar.update):
                     if not theta.isfinite().all():
-                        raise RankError(f"teacher {path.stem} diverged: lower --lr-teacher (now {args.lr_teacher:g})")
+                        raise UserError(f"teacher {path.stem} diverged: lower --lr-teacher (now {args.lr_teacher:g})")
                     thetas.append(theta)
-                    if time.time() - kept > 60:
+                    if time.time() - saved > 60:
                         keep()
-                        kept = time.time()
-                score = accuracy(confusion_matrix(net, theta.to(args.device), x_test, y_test))
-            except BaseException:
-                if len(thetas) - 1 > epochs.start:  # epochs worth keeping
+                        saved = time.time()
+            except BaseException:  # KeyboardInterrupt, too
+                if len(thetas) - 1 > epochs.start:
                     on_signals(signal.SIG_IGN)
                     keep()
                 raise
             keep()
+            score = accuracy(confusion_matrix(net, theta.to(args.device), *test))
             bar.set_postfix_str(f"teacher {path.stem} has {score:.1f} % test accuracy", refresh=False)
-    size = sum(path.stat().st_size for path in paths if path.exists()) / 1e6
-    print(f"{len(todo)} teachers trained in {time.time() - start:.0f} s, peak memory {peak_memory(args.device):.2f} GB;"
-          f" the last has {score:.1f} % test accuracy; {len(paths)} take {size:.0f} MB of disk")
+    return score
 
-def open_teachers(shared: dict, folder: Path, needed: int = 1, most: int | None = None) -> tuple[list[Tensor], dict]:
-    """The trajectories in `folder`, memory-mapped, (epochs + 1, P) each, at `most` so many, and the settings of their
-    training. Raises UserError if they do not fit, or not each other, or have fewer than the `needed` epochs."""
+def open_teachers(shared: dict, folder: Path, needed: int = 1, most: int | None = None) -> list[Tensor]:
+    """The trajectories in `folder`, memory-mapped, (epochs + 1, P) each, at `most` so many. Raises UserError if they do
+    not fit or have fewer than the `needed` epochs."""
     remedy = f"run first: python iadd.py teachers --epochs {needed}, with the same options on data and network"
-    teachers, settings = [], shared
+    teachers = []
     for path in sorted(folder.glob("*.pt"))[:most]:
         content = load(path, "thetas", "settings")
-        if wrong := differences(content["settings"], settings):
+        if wrong := differences(content["settings"], shared):
             raise UserError(f"{path} does not fit this run: it has {wrong}")
         if (epochs := len(content["thetas"]) - 1) < needed:
             raise UserError(f"{path} holds {epochs} epochs, not {needed}; {remedy}")
         teachers.append(content["thetas"])
-        settings = content["settings"]
     if not teachers:
         raise UserError(f"no teachers in {folder}; {remedy}")
-    return teachers, settings
+    return teachers
 
 def spread(W: Tensor) -> dict[str, float]:
     """How far the importance weights have come from 1: minimum, 1 % quantile, median, mean."""
@@ -943,9 +949,10 @@ def command_distill(args: argparse.Namespace) -> None:
         raise UserError(f"{RANKS} processes cannot share out the {args.batch} images of a student step")
     names = ("ipc", "method", "steps", "expert_epochs", "max_start_epoch", "batch", "lr_img", "lr_alpha", "alpha",
              "lr_w", "normalize_w", "epsilon", "max_loss", "seed")
-    teachers, theirs = open_teachers(shared, folder, args.max_start_epoch - 1 + args.expert_epochs)
+    needed = args.max_start_epoch - 1 + args.expert_epochs
+    teachers = open_teachers(shared, folder, needed)
     settings = {**shared, **{name: getattr(args, name) for name in names}, "teachers": len(teachers),
-                "teacher_settings": [theirs["lr_teacher"], theirs["batch_real"], theirs["seed"]]}
+                "teachers_fingerprint": checksum({n: thetas[:needed + 1] for n, thetas in enumerate(teachers)})}
     with exclusive(out):
         state = open_state(args, data, settings, teachers[0].shape[1], out / "distilled.pt")
         if state["iteration"] == args.iterations:
@@ -962,14 +969,14 @@ def open_state(args: argparse.Namespace, data: Dataset, settings: dict, P: int, 
             seed_all(args.seed, "distill")
             normalise = Normalisation.fit(data.train[0], args.zca, args.device)
             images, labels = real_images(data, normalise, args.ipc)            # Algorithm 1, line 1
-            with contextlib.suppress(UserError):  # what never got anywhere must not push out what came before it
-                if load(result, *RESULT)["iteration"]:
-                    set_aside(result.parent, "distilled.pt", "settings.json", "log.csv", "images_*.png")
+            first = result.with_name("first.tmp")
             save({"images": images.cpu(), "labels": labels.cpu(), "mean": normalise.mean.cpu(),
                   "scale": normalise.scale.cpu(), "alpha": args.alpha,         # line 2
                   "W": torch.ones(P, dtype=torch.float64),  # float32 would round away steps below 3e-8
                   "momentum": torch.zeros(images.shape), "momentum_alpha": torch.zeros(()), "classes": data.classes,
-                  "settings": settings, "iteration": 0, "seconds": 0.0, "skipped": 0, "log": []}, result)
+                  "settings": settings, "iteration": 0, "seconds": 0.0, "skipped": 0, "log": []}, first)
+            set_aside(result.parent, "distilled.pt", "settings.json", "log.csv", "images_*.png")
+            first.rename(result)
     state = load(result, *RESULT, "momentum", "momentum_alpha", "seconds", "skipped", "log")
     if wrong := differences(state["settings"], settings):
         raise UserError(f"{result} has {wrong}: --restart begins anew, --name NAME keeps both")
@@ -1030,14 +1037,14 @@ def distil(args: argparse.Namespace, data: Dataset, teachers: list[Tensor], stat
                     row = {"loss": loss.item(), "alpha": alpha.item(), **spread(W.detach()), "skipped": now["skipped"]}
                     bar.set_postfix_str(" ".join(f"{key} {value:.4g}" for key, value in row.items()), refresh=False)
                     now["log"] = [*state["log"], {"iteration": t, "seconds": round(now["seconds"], 2), **row}]
-                state = now  # all at once, so that an interruption finds a whole iteration
+                if tests:
+                    evaluate(args, data, test, out, "distilled", lambda: (images.detach(), labels), "convnet",
+                             {"alpha": alpha.item(), "iteration": t, "settings": settings}, compile=False)
+                state = now  # all at once, so that an interruption finds whole iterations
                 if due and RANK == 0:
                     write_log()
                 if saves and RANK == 0:
                     picture(), checkpoint()
-                if tests:
-                    evaluate(args, data, test, out, "distilled", lambda: (images.detach(), labels), "convnet",
-                             {"alpha": alpha.item(), "iteration": t, "settings": settings}, compile=False)
         except BaseException:  # KeyboardInterrupt, too
             on_signals(signal.SIG_IGN)
             checkpoint()
@@ -1106,7 +1113,7 @@ def command_eval(args: argparse.Namespace) -> None:
     """Train fresh networks on the distilled images and test them on real ones."""
     data, normalise, content, shared, folder, path = open_result(args)
     def herded():
-        teacher = open_teachers(shared, folder, most=1)[0][0]
+        teacher, = open_teachers(shared, folder, most=1)
         print(f"herding by the features of the first teacher after {len(teacher) - 1} epochs")
         net = build("convnet", data, args.width, args.depth).to(args.device)
         return real_images(data, normalise, args.ipc, lambda x: herding(net, teacher[-1].to(x.device), x, args.ipc))
@@ -1178,7 +1185,7 @@ def command_plot(args: argparse.Namespace) -> None:
     finish(figure, "curves")
 
     K, J, max_start, batch = (settings[key] for key in ("expert_epochs", "steps", "max_start_epoch", "batch"))
-    teachers, _ = open_teachers(shared, folder, max_start - 1 + K, most=10)
+    teachers = open_teachers(shared, folder, max_start - 1 + K, most=10)
     net = build("convnet", data, args.width, args.depth).to(args.device)
     step, misses = student_step(net), []
     for segment in random_segments(teachers, K, max_start, T=10):
@@ -1280,7 +1287,7 @@ def at_least(low: float, kind: type = int, strict: bool = False, high: float = 1
 
 def folder_name(text: str) -> str:
     """An argparse type: the name of a new folder beside that of the teachers."""
-    if Path(text).name != text or text[0] == "." or text == "teachers":
+    if not text or Path(text).name != text or text[0] == "." or text == "teachers":
         raise argparse.ArgumentTypeError(f"{text!r} cannot be the name of a result's folder")
     return text
 
@@ -1364,45 +1371,51 @@ def start_process(args: argparse.Namespace) -> None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device).item()
     except Exception as error:  # whatever a missing backend raises
-        raise RankError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})") from None
     args.device = device
     tune(device)
     if RANKS > 1 and args.command in ("plot", "bench"):
         raise UserError(f"{args.command} is for one process: run it without torchrun")
     if RANKS > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        on_signals(signal.SIG_DFL)  # to wait for a rank that does not come is not Python's to interrupt
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        on_signals(interrupt)
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 2 for what the user can mend, 128 and the signal's number."""
-    stderr = sys.stderr
+    stderr, args = sys.stderr, argparse.Namespace(command=None)
     if RANK > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     on_signals(interrupt)
-    args = make_parser().parse_args(argv)
     try:
+        args = make_parser().parse_args(argv)
         start_process(args)
         args.function(args)
         if RANKS > 1:
             torch.distributed.destroy_process_group()
+        return 0
     except KeyboardInterrupt as stop:
-        goes_on = ": what is done is saved, and the same command goes on from there"
-        print("iadd.py: interrupted" + goes_on * (args.command in ("teachers", "distill")), file=sys.stderr)
+        again = "the same command" + (" without --restart" if getattr(args, "restart", False) else "")
+        again = f": what is done is saved, and {again} goes on from there"
+        print("iadd.py: interrupted" + (again if args.command in ("teachers", "distill") else ""), file=sys.stderr)
         return 128 + (stop.args or [signal.SIGINT])[0]
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        line = (str(error) or repr(error)).splitlines()[0]
-        if not isinstance(error, (UserError, OSError)):
-            if "allocate" not in line and not isinstance(error, torch.OutOfMemoryError):
-                raise  # not the user's: show where
-            less = {"teachers": "--batch-real or --width", "distill": "--batch, --steps or --width"}
-            line = (f"out of memory, at a peak of {peak_memory(args.device):.2f} GB: a smaller "
-                    f"{less.get(args.command, '--width')} needs less ({line})")
-        if RANK == 0 or isinstance(error, RankError) or not isinstance(error, UserError):
+    except (UserError, OSError, MemoryError, RuntimeError, SystemExit) as error:  # SystemExit is argparse's
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(10 * (RANK > 0))  # if it is not of this rank alone, rank 0 says it, and torchrun ends the others
+            if isinstance(error, SystemExit):
+                raise
+            line = (str(error) or repr(error)).splitlines()[0]
+            if not isinstance(error, (UserError, OSError)):
+                if "allocate" not in line and not isinstance(error, torch.OutOfMemoryError):
+                    raise  # not the user's: show where
+                less = {"teachers": "--batch-real or --width", "distill": "--batch, --steps or --width"}
+                line = (f"out of memory, at a peak of {peak_memory(args.device):.2f} GB: a smaller "
+                        f"{less.get(args.command, '--width')} needs less ({line})")
             print(f"iadd.py: {f'rank {RANK}: ' * (RANKS > 1)}error: {line}", file=stderr)
         return 2
     finally:
         sys.stderr = stderr  # for a traceback
-    return 0
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal without ±
