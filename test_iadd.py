@@ -1273,7 +1273,7 @@ def ranks(n, port, *words):
         os.environ["RANK"] = str(k)
         iadd.RANK, iadd.RANKS = k, n
         iadd.torch.set_num_threads(1)  # torchrun, too, does not give every process all cores
-        return main(list(words))
+        return main([word.split("|")[k % len(word.split("|"))] for word in words])  # a|b: a for rank 0, b for rank 1
     pids, codes = [child(lambda: work(k)) for k in range(n)], {}
     while len(codes) < n:
         pid, status = os.wait()
@@ -1516,9 +1516,41 @@ def test_interrupted_teachers_keep_their_epochs(small, tmp_path, monkeypatch, ca
     assert command(*words, "--lr-teacher", 0.02, "--restart") == 0
     assert torch.equal(iadd.load(teachers / "old" / "001.pt")["thetas"], straight)
     assert not torch.equal(iadd.load(teachers / "001.pt")["thetas"], straight)
-    settings = json.loads((teachers / "settings.json").read_text())
+    assert command(*words, "--lr-teacher", 1e9, "--restart") == 2  # fails; and what was moved aside first stays
+    assert torch.equal(iadd.load(teachers / "old" / "001.pt")["thetas"], straight)
+    assert iadd.load(teachers / "old2" / "001.pt")["settings"]["lr_teacher"] == 0.02
+    settings = json.loads((teachers / "old2" / "settings.json").read_text())
     assert settings["settings"]["lr_teacher"] == 0.02 and settings["torch"] == torch.__version__
     assert settings["threads"] == torch.get_num_threads() and settings["device"].startswith("CPU")
+
+
+def test_an_interrupted_evaluation_is_made_up_for(small, monkeypatch):
+    tmp, options, folder = small
+    words = ["distill", *options, *DISTILL, "--name", "watched", "--iterations", 6, "--eval-every", 3, "--nets", 1,
+             "--eval-epochs", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(iadd, "train_network", lambda *_: iadd.interrupt(signal.SIGTERM, None))
+        assert command(*words) == 128 + signal.SIGTERM
+    assert state_of(folder / "watched")["iteration"] == 2
+    assert command(*words) == 0
+    rows = [json.loads(line) for line in open(folder / "watched" / "results.jsonl")]
+    assert [row["iteration"] for row in rows] == [3, 6]
+
+
+def test_other_teachers_are_noticed(small, tmp_path, capsys):
+    """Even if they have the same settings; but not if they have only been trained for longer."""
+    tmp, options, folder = small
+    words = [*options, "--runs", tmp_path]
+    distill = ["distill", *words, *DISTILL, "--iterations"]
+    assert command("teachers", *words, *TEACH, "--teachers", 2, "--ipc", 1) == 0 and command(*distill, 2) == 0
+    assert command("teachers", *words, *TEACH, "--teachers", 2, "--epochs", 5) == 0 and command(*distill, 4) == 0
+    path = tmp_path / folder.name / "teachers" / "001.pt"
+    teacher = iadd.load(path)
+    iadd.save({**teacher, "thetas": teacher["thetas"] * 1.001}, path)
+    assert "teachers_fingerprint" in refused(capsys, *distill, 6)
+    before = (path.parent / "settings.json").read_text()
+    assert "lr_teacher 0.05, not 0.5" in refused(capsys, "teachers", *words, "--batch-real", 6, "--lr-teacher", 0.5)
+    assert (path.parent / "settings.json").read_text() == before
 
 
 def test_a_folder_has_one_writer(small, capsys):
@@ -1555,6 +1587,12 @@ def test_full_disk_and_forbidden_folder(small, capsys, monkeypatch):
     assert "No space left" in refused(capsys, "teachers", *options, *TEACH, "--teachers", 4)
     monkeypatch.setattr(os, "fsync", fsync)
     assert command(*distill, 8) == 0 and state_of(folder / "full")["iteration"] == 8
+    calls.clear()
+    calls += 4 * [None]
+    with monkeypatch.context() as patch:  # a restart without room for its first file leaves everything in its place
+        patch.setattr(os, "fsync", full)
+        assert "No space left" in refused(capsys, *distill, 8, "--restart", "--lr-w", 3)
+    assert command(*distill, 8) == 0 and not (folder / "full" / "old").exists()
     results = folder / "full" / "results.jsonl"
     results.write_text("one line\n")
     script("""
@@ -1667,13 +1705,16 @@ def test_only_rank_0_speaks(small):
         (2, "teachers", *options, *TEACH, "--teachers", 3, "--ipc", 1),
         (2, "distill", *options, "--ipc", 99, "--zca", "--max-start-epoch", 1),
         (2, "distill", "--dataset", "nonsense"), (2, "distill", "--ipc", "x"),
-        (4, "distill", *options, "--name", "four"), (2, "bench"), (2, "eval", *options, "--device", "toaster"))
+        (4, "distill", *options, "--name", "four"), (2, "bench"), (2, "eval", *options, "--device", "toaster"),
+        (2, "eval", *options, "--device", "cpu|toaster"))
     assert done == ([0, 0], [])
     for (codes, lines), says in zip(others, (
             "IPC 99 is too large", "unknown dataset 'nonsense'", "invalid number value: 'x'",
-            "4 processes cannot share out the 3 images of a student step", "bench is for one process", "toaster")):
+            "4 processes cannot share out the 3 images of a student step", "bench is for one process",
+            "rank 0: error: --device toaster", "rank 1: error: --device toaster")):  # what only rank 1 knows, it says
         errors = [line for line in lines if "error" in line]
-        assert set(codes) == {2} and len(errors) == 1 and says in errors[0] and "Traceback" not in " ".join(lines), lines
+        assert 2 in codes and 0 not in codes and len(errors) == 1 and says in errors[0], (codes, lines)
+        assert "Traceback" not in " ".join(lines)
 
 
 def test_a_rank_that_dies_ends_the_job(small):
