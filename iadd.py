@@ -32,20 +32,18 @@ Glossary
     DSA, IPC     differentiable Siamese augmentation; images per class  script A, [47]; --ipc
 """
 import argparse, contextlib, ctypes, datetime, functools, hashlib, io, itertools, json, math, multiprocessing, os
-import platform, random, shutil, signal, socket, statistics, sys, time, warnings, zlib
+import platform, random, re, shutil, signal, statistics, sys, time, warnings, zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 # -------- Settings: default < preset < what the user typed ------------------------------------------------------------
@@ -92,147 +90,13 @@ def preset(name: str, ipc: int) -> dict:
     return {**parse_table(TRAINING, 1)[name,], **rows[nearest]}
 
 def seed_all(*key) -> None:
-    """Start the random stream named `key`, such as (seed, "teacher", 3): one stream for each purpose, so
-    that no evaluated network starts from the very parameters that the images were matched to."""
+    """Starts the random stream named `key`, such as (seed, "teacher", 3): each purpose has its own, so none repeats."""
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
-def differences(found: dict, wanted: dict) -> str:
-    """Says in words where `found` departs from `wanted` ("width 32, not 128"); empty if nowhere."""
-    return ", ".join(f"{k} {found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v)
-
-# -------- Files: written whole or not at all, read as data and never as code, one writer a folder ---------------------
-def checksum(content: dict) -> str:
-    """Of a dict of CPU tensors and plain values."""
-    parts = (value.contiguous().numpy() if isinstance(value, Tensor) else repr(value).encode()
-             for _, value in sorted(content.items()))
-    return f"{functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0):08x}"
-
-def write(path: Path, content) -> None:
-    """Bytes to a temporary file, which is then renamed: whatever happens, `path` is the old file or the new, whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-def save(content: dict, path: Path) -> None:
-    """What torch.save makes of `content` and its checksum."""
-    buffer = io.BytesIO()
-    torch.save({**content, "checksum": checksum(content)}, buffer)
-    write(path, buffer.getbuffer())
-
-def load(path: Path, *keys: str) -> dict:
-    """What `save` wrote, its tensors memory-mapped. Raises UserError if the file is missing, damaged or another's."""
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if content.pop("checksum") != checksum(content) or not content.keys() >= set(keys):
-            raise ValueError("not what was saved")
-        return content
-    except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # torch raises half a dozen types for a damaged file
-        raise UserError(f"{path} is damaged or not such a file of iadd.py ({type(error).__name__} {error}); delete it, "
-                        "and the command that made it makes it anew") from None
-
-RESULT = "images", "labels", "alpha", "W", "mean", "scale", "classes", "settings", "iteration"  # of distilled.pt
-
-def append_line(path: Path, line: str) -> None:
-    """By one write, so that lines of several runs do not mix; taken back if the disk does not hold all of it."""
-    try:
-        with open(path, "ab", buffering=0) as file:
-            size, content = file.tell(), f"{line}\n".encode()
-            if file.write(content) < len(content):
-                file.truncate(size)
-                raise OSError("the disk is full")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-
-@contextlib.contextmanager
-def exclusive(folder: Path):
-    """Meanwhile no other run may write into `folder`: it gets a UserError. The lock ends with the process, however that
-    ends. On Windows and on file systems without locks there is none."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "a") as lock:
-        try:
-            import fcntl
-            RANK == 0 and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {folder}: wait, or choose another --name or --runs") from None
-        except (ImportError, OSError):
-            pass
-        for left_by_a_killed_run in folder.glob("*.tmp") if RANK == 0 else ():
-            left_by_a_killed_run.unlink()
-        yield
-
-def set_aside(folder: Path, *patterns: str) -> None:
-    """Moves the files of these names, if there are any, into folder/old, or old2, old3, ..."""
-    if files := [file for pattern in patterns for file in folder.glob(pattern)]:
-        old = next(old for n in itertools.count(1) if not (old := folder / f"old{n if n > 1 else ''}").exists())
-        old.mkdir()
-        for file in files:
-            file.replace(old / file.name)
-
-# -------- Several processes, and interruptions ------------------------------------------------------------------------
-# torchrun starts the processes, the "ranks". Teachers, students' mini-batches and evaluated networks are shared out and
-# the results added up. Rank 0 prints and writes; the others write their teachers.
-RANK, RANKS = 0, 1
-if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-    RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-def total(x: Tensor) -> Tensor:
-    """The sum of x over all ranks, in place; everybody waits for it. Raises UserError if one of them has ended."""
-    try:
-        if RANKS > 1:
-            torch.distributed.all_reduce(x)
-    except RuntimeError as error:
-        raise UserError(f"another process of this job has ended ({str(error).splitlines()[0]})") from None
-    return x
-
-@contextlib.contextmanager
-def rank_0_first():
-    """What is inside rank 0 does before the others, who find its files."""
-    if RANK > 0:
-        total(torch.zeros(1))
-    try:
-        yield
-    finally:
-        if RANK == 0:
-            total(torch.zeros(1))
-
-def interrupt(number: int, frame) -> None:
-    """Answers SIGINT (Ctrl-C) and SIGTERM."""
-    raise KeyboardInterrupt(number)
-
-def on_signals(answer) -> None:
-    """From now on `answer` answers SIGINT and SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, answer)
-
-# -------- Progress, memory --------------------------------------------------------------------------------------------
-def progress_bar(iterable=None, **options) -> tqdm:
-    """tqdm, but with one line in half a minute where the output is not a terminal."""
-    return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
-
-def on_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on `device`; a copy to a GPU does not wait for the work that is queued on it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-def peak_memory(device: torch.device) -> float:
-    """GB of memory that this process has held at most: on the GPU, or in all."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:  # not getrusage, whose maximum begins with that of the process that started this one
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6
-    except OSError:  # not Linux
-        return math.nan
+def must_agree(path: Path, found: dict, wanted: dict, remedy: str) -> None:
+    """Raises UserError if the settings `found` in a file depart from those `wanted`, such as "width 32, not 128"."""
+    if wrong := ", ".join(f"{k} {found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v):
+        raise UserError(f"{path} has {wrong}: {remedy}")
 
 # -------- Datasets ----------------------------------------------------------------------------------------------------
 @dataclass
@@ -295,8 +159,8 @@ def unpacked(path: Path, cache: Path) -> Path:
 
 def image_files(folder: Path) -> list[Path]:
     """The image files there, in the order of their names; hidden and other files are ignored."""
-    return sorted(file for file in folder.iterdir()
-                  if file.suffix.lower() in IMG_EXTENSIONS and file.name[0] != "." and file.is_file())
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS
+                  and file.name[0] != "." and file.is_file())
 
 def find_root(data_dir: Path, inside: list[str], name: str, layout: str, page: str) -> Path:
     """data_dir, or a folder at most two levels below it, that contains all of `inside`, or else any of them."""
@@ -307,10 +171,8 @@ def find_root(data_dir: Path, inside: list[str], name: str, layout: str, page: s
     raise UserError(f"{data_dir} does not hold {layout}: download it from {page}, then run: python iadd.py teachers "
                     f"--dataset {name} --data-dir FOLDER_OR_ARCHIVE")
 
-# Each returns the classes and the (file, class) pairs of the training and of the test images. Raises UserError.
-
 def list_folder(root: Path) -> tuple[list, list, list]:
-    """train/<class>/* and test/<class>/*."""
+    """Classes, and (file, class) of training and test images, in train/<class>/*, test/<class>/*. Raises UserError."""
     if not ((root / "train").is_dir() and (root / "test").is_dir()):
         raise UserError(f"{root} needs images in {root}/train/<class>/ and in {root}/test/<class>/")
     train, test = ([(file, c.name) for c in sorted((root / part).iterdir()) if c.is_dir() and c.name[0] != "."
@@ -380,11 +242,8 @@ def read_dataset(name: str, listing: tuple[list, list, list], only: list[str], c
     if not path.exists():
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # images of more than 89 million pixels
         with ThreadPoolExecutor() as pool:
-            reading = [pool.submit(read_image, file, size, mode) for file in files]
-            try:
-                arrays = [r.result() for r in progress_bar(reading, desc=f"reading {name}", unit="image")]
-            finally:
-                pool.shutdown(cancel_futures=True)
+            reading = pool.map(lambda file: read_image(file, size, mode), files)  # an error cancels the rest
+            arrays = list(progress_bar(reading, desc=f"reading {name}", total=len(files), unit="image"))
         side, channels = arrays[0].shape[0], max(array.shape[2] for array in arrays)
         for file, array in zip(files, arrays):
             if array.shape[:2] != (side, side):
@@ -396,9 +255,8 @@ def read_dataset(name: str, listing: tuple[list, list, list], only: list[str], c
     return Dataset(name, classes, *zip(images, labels))
 
 def make_shapes(train: int = 200, test: int = 50, size: int = 32, seed: int = 0) -> Dataset:
-    """Ten procedural classes of shapes and textures, `train` and `test` images of each, without any download.
-    Position, scale, tilt, both colours and the lighting are random and there is much noise: no pixel and no
-    colour tells the class, and one example teaches little."""
+    """Ten classes of drawn shapes and textures, `train` and `test` images of each. Place, size, tilt, colours and light
+    are random and there is much noise: no pixel and no colour tells the class, and one example teaches little."""
     patterns = {  # positive inside the figure; (u, v) are its own coordinates, its radius is 1
         "disk": lambda u, v: 1 - np.hypot(u, v), "ring": lambda u, v: 0.22 - abs(np.hypot(u, v) - 0.78),
         "square": lambda u, v: 0.85 - np.maximum(abs(u), abs(v)),
@@ -562,9 +420,9 @@ def default_depth(size: int) -> int:
 
 def build(arch: str, data: Dataset, width: int = 128, depth: int = 3) -> nn.Module:
     """A freshly initialised network for a dataset; width and depth are the ConvNet's. Raises UserError."""
-    halvings = {"convnet": depth, "alexnet": 3, "vgg11": 5, "resnet18": 4}[arch]
-    if data.shape[1] < 2 ** halvings:
-        raise UserError(f"{arch} needs images of {2 ** halvings} pixels a side or more, these have {data.shape[1]}")
+    smallest = 2 ** {"convnet": depth, "alexnet": 3, "vgg11": 5, "resnet18": 4}[arch]
+    if data.shape[1] < smallest:
+        raise UserError(f"{arch} needs images of {smallest} pixels a side or more, these have {data.shape[1]}")
     options = {"width": width, "depth": depth} if arch == "convnet" else {}
     return ARCHITECTURES[arch](data.shape, len(data.classes), **options)
 
@@ -593,9 +451,8 @@ def flat_loss(net: nn.Module):
 plain = lambda function: function  # no acceleration
 
 def recorded(function):
-    """A function of tensors on a GPU, whose kernels CUDA records at the first call and replays, all at once, at every
-    later one: launching them one by one from Python takes longer than running them. Shapes must not change; a result
-    is overwritten by the next call."""
+    """`function`, of tensors on a GPU, but its kernels are recorded at the first call and replayed at every later one,
+    because Python launches them slower than they run. Shapes must not change; the next call overwrites a result."""
     replay = None
     def call(*inputs):
         nonlocal replay
@@ -633,9 +490,8 @@ def accelerators(net: nn.Module, x: Tensor, passes: float, wanted: bool | None =
     return plain, record
 
 def tune(device: torch.device) -> None:
-    """Settings of the process, for speed: cuDNN times its convolutions and chooses; and malloc (glibc's) keeps large
-    blocks that are freed, instead of returning them to the system, which clears every page before it gives it out
-    again. On a CPU that is up to half of the time of a training step."""
+    """For speed: cuDNN times its convolutions and chooses; glibc's malloc keeps large blocks that are freed, since the
+    system would clear every page before it gives it out again, on a CPU up to half of the time of a training step."""
     torch.backends.cudnn.benchmark = True
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # CUDA graphs are recorded on the current one
@@ -653,8 +509,7 @@ def minibatches(n: int, batch: int, J: int, device) -> Tensor:
     index = torch.rand(math.ceil(J / a_pass), n, device=device).argsort(1)
     return index[:, torch.arange(a_pass * batch, device=device) % n].view(-1, batch)[:J]
 
-def train(ell, theta: Tensor, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, epochs: int, batch: int,
-          progress=lambda steps: None) -> None:
+def train(ell, theta: Tensor, optimizer, x: Tensor, y: Tensor, epochs: int, batch: int, progress=lambda n: 0) -> None:
     """Passes over x (N, C, H, W), y (N,) in random mini-batches with DSA. Updates theta (P,) in place."""
     batch = min(batch, len(x))
     indices = minibatches(len(x), batch, epochs * math.ceil(len(x) / batch), x.device)
@@ -667,9 +522,8 @@ def train(ell, theta: Tensor, optimizer: torch.optim.Optimizer, x: Tensor, y: Te
 
 def train_teacher(ell, theta: Tensor, x: Tensor, y: Tensor, epochs: range, seed: tuple, lr: float = 0.01,
                   batch: int = 256, progress=lambda steps: None):
-    """Yields a teacher's parameters, (P,) on the CPU, after each of the epochs, from theta (P,) on (Section 3.1). SGD
-    without momentum has no other state, and each epoch has its own random stream, so that a trajectory goes on from any
-    of its points exactly as if it had never stopped."""
+    """Yields a teacher's parameters, (P,) on the CPU, after each of the epochs, from theta (P,) on (Section 3.1). These
+    are all of its state, and each epoch has its own random stream: it goes on as if it had never stopped."""
     theta = theta.to(x.device, copy=True).requires_grad_()
     optimizer = torch.optim.SGD([theta], lr)
     for epoch in epochs:
@@ -708,31 +562,32 @@ def student_step(net: nn.Module, compile=plain, batch: int | None = None):
     step's inputs only, and its backward pass runs the step again, as one vector-Jacobian product: the same gradients,
     and the activations of a single step at a time.
 
-    Of several ranks, each has a share of the mini-batch of `batch` images. The step is the sum of what they compute,
-    and so is its derivative in theta. The derivatives in alpha and x are parts, whose sum can wait until the end."""
+    With several ranks, each has a share of the mini-batch of `batch` images and computes theta / RANKS minus its part
+    of alpha grad ell. The sum over the ranks is the step, and likewise backwards for theta; the gradients in alpha and
+    x stay parts, which `iadd` adds up once."""
     ell = flat_loss(net)
-    def share(theta, alpha, x, y):
+    def part_of_step(theta, alpha, x, y):
         return theta / RANKS - alpha * (len(x) / (batch or len(x))) * torch.func.grad(ell)(theta, x, y)
     def back(v, theta, alpha, x, y):
-        _, vjp = torch.func.vjp(lambda *inputs: share(*inputs, y), theta, alpha, x)
+        _, vjp = torch.func.vjp(lambda *inputs: part_of_step(*inputs, y), theta, alpha, x)
         return vjp(v)
-    fast_share, fast_back = compile(share), compile(back)
+    fast_part, fast_back = compile(part_of_step), compile(back)
     class StudentStep(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             ctx.save_for_backward(*inputs)
-            return total(fast_share(*inputs))
+            return sum_over_ranks(fast_part(*inputs))
 
         @staticmethod
         def backward(ctx, v):
             d_theta, d_alpha, d_x = fast_back(v, *ctx.saved_tensors)
-            return total(d_theta), d_alpha, d_x, None  # nothing for y
+            d_theta = sum_over_ranks(d_theta) if ctx.needs_input_grad[0] else None  # not for the first step
+            return d_theta, d_alpha, d_x, None  # nothing for y
     return StudentStep.apply
 
 def student_batches(images: Tensor, labels: Tensor, batch: int, J: int) -> tuple[Tensor, Tensor]:
-    """J augmented mini-batches (line 7, Eq. (1)), (J, batch, C, H, W) and (J, batch), differentiable in the images
-    (N, C, H, W). These stay as they are for an iteration, so that all can be made at once. Of several ranks, each makes
-    the same and gets its share."""
+    """J augmented mini-batches (line 7, Eq. (1)) of the images (N, C, H, W), which an iteration does not change: x
+    (J, batch, C, H, W), differentiable, and y (J, batch). Every rank makes the same and takes its share of each."""
     index = minibatches(len(images), batch, J, images.device)
     x = images.index_select(0, index.flatten())  # on a CPU images[index] would add its gradients in any order
     return augment(x.view(J, batch, *images.shape[1:]))[:, RANK::RANKS], labels[index][:, RANK::RANKS]
@@ -763,19 +618,19 @@ def random_segments(teachers: list[Tensor], K: int, max_start: int, T: int, done
         n, i = stream.randrange(len(teachers)), stream.randrange(max_start)
         return teachers[n][i].clone(), teachers[n][i + K].clone()
     with ThreadPoolExecutor(1) as reader:
-        reading = (reader.submit(read, t) for t in range(done, T))
-        for segment, _ in itertools.pairwise(itertools.chain(reading, [None])):
-            yield segment.result()
+        ahead = reader.submit(read, done)
+        for t in range(done, T):
+            segment, ahead = ahead.result(), reader.submit(read, t + 1)
+            yield segment
 
 def iadd(step, images: Tensor, labels: Tensor, alpha: Tensor, W: Tensor, teachers: list[Tensor], *, T: int, J: int,
-         K: int, max_start: int, batch: int, lr_img: float, lr_alpha: float, lr_w: float, method: str = "iadd",
-         epsilon: float = 0.1, normalize_w: bool = False, max_loss: float | None = None, seed: int = 0, done: int = 0,
-         momentum: tuple = (None, None), record=plain):
-    """Algorithm 1. Updates images (N, C, H, W), alpha () and W (P,) in place; yields the loss, a tensor (), T times.
+         K: int, max_start: int, batch: int, lr_img: float, lr_alpha: float, lr_w: float, method="iadd", epsilon=0.1,
+         normalize_w=False, max_loss=None, seed=0, done=0, momentum=(None, None), record=plain):
+    """Algorithm 1 from iteration `done` to T. Updates images (N, C, H, W), alpha (), W (P,) in place, yields each loss.
     step: of `student_step`. teachers: (epochs + 1, P) each. method, epsilon: of `weigh`. Eq. (10)-(12) carry the index
-    j, but Algorithm 1 updates once an iteration. Not in the paper: normalize_w, W keeps a root mean square of 1, and
-    max_loss, above which nothing is updated. Each iteration has its own random stream, so that after `done` of them,
-    with their momentum (of alpha and of the images, updated in place), the rest goes on as if nothing had been."""
+    j, but Algorithm 1 updates once an iteration. Not in the paper: normalize_w, W keeps a root mean square of 1; and
+    max_loss, above which nothing is updated. Each iteration has its own random stream; with the momentum of alpha and
+    images, buffers that are updated in place, a later call goes on as if there had been no break."""
     student = record(functools.partial(unroll, step))
     optimizer = torch.optim.SGD([  # paper silent on momentum: MTT's .5; W follows plain SGD (Section 4.1)
         {"params": [alpha], "lr": lr_alpha, "momentum": 0.5},                             # Eq. (10)
@@ -792,7 +647,8 @@ def iadd(step, images: Tensor, labels: Tensor, alpha: Tensor, W: Tensor, teacher
         if max_loss is None or not loss > max_loss:
             optimizer.zero_grad()
             loss.backward()
-            total(images.grad), total(alpha.grad)
+            for x in (images, alpha):  # each rank has a part of their gradients, but the whole of that of W
+                sum_over_ranks(x.grad)
             optimizer.step()                                                              # line 14, Eq. (10)-(13)
             if normalize_w and method == "iadd":
                 W.data /= W.data.square().mean().sqrt()
@@ -815,21 +671,151 @@ def herding(net: nn.Sequential, theta: Tensor, x: Tensor, ipc: int) -> Tensor:
     brings the mean feature of those chosen nearest to that of all x. Features: the input of a ConvNet's last layer."""
     nn.utils.vector_to_parameters(theta, net.parameters())
     features = torch.cat([net[:-1](part) for part in x.split(500)])  # (N, features)
-    mean, total, chosen = features.mean(0), torch.zeros_like(features[0]), []
+    mean, chosen = features.mean(0), []
     for n in range(1, ipc + 1):
-        distance = (mean - (total + features) / n).norm(dim=1)
+        distance = (mean - (features[chosen].sum(0) + features) / n).norm(dim=1)
         distance[chosen] = math.inf
         chosen.append(distance.argmin().item())
-        total += features[chosen[-1]]
     return torch.tensor(chosen)
 
+# -------- Files: written whole or not at all, read as data and never as code, one writer a folder ---------------------
+def checksum(content: dict) -> str:
+    """Of a dict of CPU tensors and plain values."""
+    parts = (v.contiguous().numpy() if isinstance(v, Tensor) else repr(v).encode() for _, v in sorted(content.items()))
+    return f"{functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0):08x}"
+
+def write(path: Path, content) -> None:
+    """Bytes to a temporary file, which is then renamed: whatever happens, `path` is the old file or the new, whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+def save(content: dict, path: Path) -> None:
+    """What torch.save makes of `content` and its checksum."""
+    buffer = io.BytesIO()
+    torch.save({**content, "checksum": checksum(content)}, buffer)
+    write(path, buffer.getbuffer())
+
+def load(path: Path, *keys: str) -> dict:
+    """What `save` wrote, its tensors memory-mapped. Raises UserError if the file is missing, damaged or another's."""
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if content.pop("checksum") != checksum(content) or not content.keys() >= set(keys):
+            raise ValueError("not what was saved")
+        return content
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        raise UserError(f"{path} is damaged or not such a file of iadd.py ({type(error).__name__} {error}); if it is "
+                        "iadd.py's, delete it and run the command again that made it") from None
+
+def append_line(path: Path, line: str) -> None:
+    """By one write, so that lines of several runs do not mix; taken back if the disk does not hold all of it."""
+    try:
+        with open(path, "ab", buffering=0) as file:
+            size, content = file.tell(), f"{line}\n".encode()
+            if file.write(content) < len(content):
+                file.truncate(size)
+                raise OSError("the disk is full")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+@contextlib.contextmanager
+def exclusive(folder: Path):
+    """A lock: while the block runs, another run that would write into `folder` gets a UserError. It ends with the
+    process, however that ends. On Windows and on file systems without locks there is none."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "a") as lock:
+        try:
+            import fcntl
+            if RANK == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {folder}: wait, or choose another --name or --runs") from None
+        except (ImportError, OSError):
+            pass
+        for left_by_a_killed_run in folder.glob("*.tmp") if RANK == 0 else ():
+            left_by_a_killed_run.unlink()
+        yield
+
+def set_aside(folder: Path) -> None:
+    """Moves all files of the folder, if there are any, into folder/old, or old2, old3, ..."""
+    if files := [file for file in folder.glob("*") if file.is_file() and file.suffix != ".tmp"]:
+        old = next(old for n in itertools.count(1) if not (old := folder / f"old{n if n > 1 else ''}").exists())
+        old.mkdir()
+        for file in files:
+            file.replace(old / file.name)
+
+# -------- Several processes, interruptions, progress, memory ----------------------------------------------------------
+# torchrun starts the processes, the "ranks". Teachers, students' mini-batches and evaluated networks are shared out and
+# the results added up. Rank 0 prints and writes; the others write their teachers.
+RANK, RANKS = 0, 1
+if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+    RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """In place; everybody waits for it. Raises UserError if a rank has ended."""
+    try:
+        if RANKS > 1:
+            torch.distributed.all_reduce(x)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"lost contact with the other processes of this job ({str(error).splitlines()[0]})") from None
+    return x
+
+@contextlib.contextmanager
+def rank_0_first():
+    """Rank 0 runs the block first, then the others, who find the files that it wrote."""
+    if RANK > 0:
+        sum_over_ranks(torch.zeros(1))
+    try:
+        yield
+    finally:
+        if RANK == 0:
+            sum_over_ranks(torch.zeros(1))
+
+def on_signals(answer=None) -> None:
+    """From now on SIGINT (Ctrl-C) and SIGTERM raise KeyboardInterrupt(their number), or get another answer."""
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt if answer is None else answer)
+
+def progress_bar(iterable=None, **options) -> tqdm:
+    """tqdm, but with one line in half a minute where the output is not a terminal."""
+    return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
+
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`; a copy to a GPU does not wait for the work that is queued on it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+def peak_memory(device: torch.device) -> float:
+    """GB of memory that this process has held at most: on the GPU, or in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:  # not getrusage, whose maximum begins with that of the process that started this one
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6
+    except OSError:  # not Linux
+        return math.nan
+
 # -------- The three commands ------------------------------------------------------------------------------------------
-def prepare(args: argparse.Namespace, preset_ipc: int) -> tuple[Dataset, dict, Path, Path]:
+def prepare(args: argparse.Namespace) -> tuple[Dataset, dict, Path, Path]:
     """Fills in what the user did not type, from every column of the preset, and loads the data.
     Returns it, the settings that teachers and students must share, and the folders of teachers and of the result."""
-    args.dataset = "cifar10" if args.dataset is None else args.dataset
+    args.dataset, args.ipc = args.dataset or "cifar10", args.ipc or 1
     name = args.preset or (args.dataset if (args.dataset,) in parse_table(TRAINING, 1) else "cifar10")
-    for key, value in preset(name, preset_ipc).items():
+    for key, value in preset(name, args.ipc).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     with rank_0_first():  # downloads, unpacks
@@ -842,10 +828,12 @@ def prepare(args: argparse.Namespace, preset_ipc: int) -> tuple[Dataset, dict, P
               "zca": args.zca, "width": args.width, "depth": args.depth}
     folder = args.runs / f"{data.name}_{'zca' if args.zca else 'std'}_convnet-d{args.depth}-w{args.width}"
     own = "teachers" if args.command == "teachers" else args.name or f"ipc{args.ipc}_{args.method}_seed{args.seed}"
+    if Path(own).name != own or own[0] == "." or own == "teachers" != args.command:
+        raise UserError(f"{own!r} cannot be the name of a result's folder")
     return data, shared, folder / "teachers", folder / own
 
 def describe(args: argparse.Namespace, folder: Path, settings: dict) -> None:
-    """Prints what is in force, and writes to settings.json in `folder` also what else the last digits depend on."""
+    """Prints the settings and writes them, with versions, device and threads, to folder/settings.json."""
     print("settings:", settings)
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"CPU {platform.machine()}"
     environment = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, torchvision, np)},
@@ -856,7 +844,7 @@ def describe(args: argparse.Namespace, folder: Path, settings: dict) -> None:
 def command_teachers(args: argparse.Namespace) -> None:
     """Train teachers on the real data and keep their parameters after every epoch (Section 3.1)."""
     shorten = args.epochs is None and args.ipc is not None
-    data, shared, folder, _ = prepare(args, args.ipc or 1)
+    data, shared, folder, _ = prepare(args)
     if shorten:  # the only epochs that distill with the preset of this IPC reads
         args.epochs = args.max_start_epoch - 1 + args.expert_epochs
     settings = {**shared, "lr_teacher": args.lr_teacher, "batch_real": args.batch_real, "seed": args.seed}
@@ -864,28 +852,27 @@ def command_teachers(args: argparse.Namespace) -> None:
     with exclusive(folder):
         with rank_0_first():
             if args.restart and RANK == 0:
-                set_aside(folder, "*.pt", "settings.json")
+                set_aside(folder)
         trained = {}  # the trajectories so far
         for path in filter(Path.exists, paths):
             old = load(path, "thetas", "settings")
-            if wrong := differences(old["settings"], settings):
-                raise UserError(f"{path} has {wrong}: --restart trains all anew, --runs DIR chooses another folder")
+            must_agree(path, old["settings"], settings, "--restart trains all anew, --runs DIR chooses another folder")
             trained[path] = list(old["thetas"])
         todo = [path for path in paths if len(trained.get(path, [0])) <= args.epochs]
         print(f"{len(paths) - len(todo)} of {len(paths)} teachers are complete in {folder}")
-        total(torch.zeros(1))  # before anyone writes, all have looked
+        sum_over_ranks(torch.zeros(1))  # before anyone writes, all have looked
         if todo:
             describe(args, folder, {"teachers": args.teachers, "epochs": args.epochs, **settings})
             start, score = time.time(), train_teachers(args, data, settings, todo[RANK::RANKS], trained)
-            total(torch.zeros(1))  # nobody leaves the folder to other runs before all have done with it
+            sum_over_ranks(torch.zeros(1))  # nobody leaves the folder to other runs before all have done with it
             size = sum(path.stat().st_size for path in paths) / 1e6
             print(f"{len(todo)} teachers trained in {time.time() - start:.0f} s, peak memory "
                   f"{peak_memory(args.device):.2f} GB; one of them has {score:.1f} % test accuracy; {len(paths)} take "
                   f"{size:.0f} MB of disk")
 
 def train_teachers(args: argparse.Namespace, data: Dataset, settings: dict, paths: list[Path], trained: dict) -> float:
-    """Trains the teachers at `paths` to the end, from where they stand in `trained`. An interruption costs a minute and
-    an epoch at most. Returns the test accuracy of the last."""
+    """Trains the teachers at `paths` to the end, from where they stand in `trained`. A kill costs a minute and an epoch
+    at most, a signal the epoch. Returns the test accuracy of the last."""
     normalise = Normalisation.fit(data.train[0], args.zca, args.device)
     (x, y), test = ((normalise(i), l.to(args.device)) for i, l in (data.train, data.test))
     net, an_epoch = build("convnet", data, args.width, args.depth).to(args.device), math.ceil(len(x) / args.batch_real)
@@ -926,8 +913,7 @@ def open_teachers(shared: dict, folder: Path, needed: int = 1, most: int | None 
     teachers = []
     for path in sorted(folder.glob("*.pt"))[:most]:
         content = load(path, "thetas", "settings")
-        if wrong := differences(content["settings"], shared):
-            raise UserError(f"{path} does not fit this run: it has {wrong}")
+        must_agree(path, content["settings"], shared, remedy)
         if (epochs := len(content["thetas"]) - 1) < needed:
             raise UserError(f"{path} holds {epochs} epochs, not {needed}; {remedy}")
         teachers.append(content["thetas"])
@@ -942,8 +928,7 @@ def spread(W: Tensor) -> dict[str, float]:
 
 def command_distill(args: argparse.Namespace) -> None:
     """Distil a dataset into a few images per class (Algorithm 1)."""
-    args.ipc = args.ipc or 1
-    data, shared, folder, out = prepare(args, args.ipc)
+    data, shared, folder, out = prepare(args)
     args.batch = min(args.batch or math.inf, args.ipc * len(data.classes))
     if args.batch < RANKS:
         raise UserError(f"{RANKS} processes cannot share out the {args.batch} images of a student step")
@@ -962,8 +947,8 @@ def command_distill(args: argparse.Namespace) -> None:
         distil(args, data, teachers, state, out)
 
 def open_state(args: argparse.Namespace, data: Dataset, settings: dict, P: int, result: Path) -> dict:
-    """Where the distillation in the file `result` stands. At the beginning its first state is written there, to be read
-    like any other. Raises UserError if it is of other settings, or further than wanted."""
+    """The state to go on from, read from `result`. Without that file, or with --restart, rank 0 first writes the
+    initial one. Raises UserError if it is of other settings, or further than wanted."""
     with rank_0_first():
         if RANK == 0 and (args.restart or not result.exists()):
             seed_all(args.seed, "distill")
@@ -975,23 +960,21 @@ def open_state(args: argparse.Namespace, data: Dataset, settings: dict, P: int, 
                   "W": torch.ones(P, dtype=torch.float64),  # float32 would round away steps below 3e-8
                   "momentum": torch.zeros(images.shape), "momentum_alpha": torch.zeros(()), "classes": data.classes,
                   "settings": settings, "iteration": 0, "seconds": 0.0, "skipped": 0, "log": []}, first)
-            set_aside(result.parent, "distilled.pt", "settings.json", "log.csv", "images_*.png")
+            set_aside(result.parent)
             first.rename(result)
-    state = load(result, *RESULT, "momentum", "momentum_alpha", "seconds", "skipped", "log")
-    if wrong := differences(state["settings"], settings):
-        raise UserError(f"{result} has {wrong}: --restart begins anew, --name NAME keeps both")
+    state = load(result, "images", "W")
+    must_agree(result, state["settings"], settings, "--restart begins anew, --name NAME keeps both")
     if state["iteration"] > args.iterations:
         raise UserError(f"{result} is at iteration {state['iteration']} already, beyond --iterations {args.iterations}")
     return state
 
 def distil(args: argparse.Namespace, data: Dataset, teachers: list[Tensor], state: dict, out: Path) -> None:
     """Algorithm 1 from where `state` stands, with checkpoints, log and evaluations."""
-    def on(key):
-        return torch.as_tensor(state[key]).to(args.device, copy=True)
-    images, alpha, W = (on(key).requires_grad_() for key in ("images", "alpha", "W"))
-    momentum = on("momentum_alpha"), on("momentum")
-    moving = {"images": images, "alpha": alpha, "W": W, "momentum_alpha": momentum[0], "momentum": momentum[1]}
-    labels, normalise, settings = on("labels"), Normalisation(on("mean"), on("scale")), state["settings"]
+    moving = {key: torch.as_tensor(state[key]).to(args.device, copy=True) for key in (
+        "images", "alpha", "W", "momentum_alpha", "momentum")}
+    images, alpha, W = (moving[key].requires_grad_() for key in ("images", "alpha", "W"))
+    labels, mean, scale = (state[key].to(args.device) for key in ("labels", "mean", "scale"))
+    normalise, settings = Normalisation(mean, scale), state["settings"]
     net = build("convnet", data, args.width, args.depth).to(args.device)
     passes = args.iterations * args.steps * 12  # a step costs as much as 3 forward passes, its way back as 9
     compile, record = accelerators(net, images.detach()[:args.batch], passes, args.compile)
@@ -999,50 +982,51 @@ def distil(args: argparse.Namespace, data: Dataset, teachers: list[Tensor], stat
         "batch", "lr_img", "lr_alpha", "lr_w", "method", "epsilon", "normalize_w", "max_loss", "seed")}
     losses = iadd(student_step(net, compile, args.batch), images, labels, alpha, W, teachers, T=args.iterations,
                   J=args.steps, K=args.expert_epochs, max_start=args.max_start_epoch, done=state["iteration"],
-                  momentum=momentum, record=record if RANKS == 1 else plain, **options)
+                  momentum=(moving["momentum_alpha"], moving["momentum"]), record=record if RANKS == 1 else plain,
+                  **options)
     test = (normalise(data.test[0]), data.test[1].to(args.device)) if args.eval_every else None
 
+    def good(values):
+        return values["alpha"] > 0 and all(torch.as_tensor(values[key]).isfinite().all() for key in moving)
     def checkpoint():
-        if RANK == 0 and state["alpha"] > 0 and all(torch.as_tensor(state[key]).isfinite().all() for key in moving):
-            content = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
-            save({**content, "alpha": float(state["alpha"])}, out / "distilled.pt")
+        if RANK == 0 and good(state):
+            save({**state, "alpha": float(state["alpha"])}, out / "distilled.pt")
     def picture():
         pixels, png = normalise.inverse(images.detach()).clamp(0, 1), io.BytesIO()
         pixels = F.interpolate(pixels, scale_factor=math.ceil(96 / data.shape[1]))  # to 96 a side or more
         torchvision.utils.save_image(pixels, png, "png", nrow=args.ipc, padding=4, pad_value=1)
         write(out / f"images_{state['iteration']:05d}.png", png.getbuffer())
-    def write_log():
-        lines = [state["log"][0].keys(), *(row.values() for row in state["log"])]
-        write(out / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
 
     if state["iteration"] > 0:
         print(f"going on from iteration {state['iteration']}")
     elif RANK == 0:
         picture()
-    start, spikes = time.time() - state["seconds"], 0
+    start, spikes, skipped, log = time.time() - state["seconds"], 0, state["skipped"], state["log"]
     with progress_bar(losses, total=args.iterations, initial=state["iteration"], unit="it") as bar:
         try:
             for t, loss in enumerate(bar, state["iteration"] + 1):
                 spikes = spikes + 1 if args.max_loss and loss > args.max_loss else 0
-                now = {**state, **{key: x.detach().clone() for key, x in moving.items()}, "iteration": t,
-                       "seconds": time.time() - start, "skipped": state["skipped"] + (spikes > 0)}
+                skipped, seconds = skipped + (spikes > 0), time.time() - start
                 saves = t % args.checkpoint_every == 0 or t == args.iterations
                 tests = args.eval_every and t % args.eval_every == 0
-                due = t % 10 == 0 or saves or tests  # not each time: to read a number is to wait for the GPU
+                due = t % 10 == 0 or saves or tests or spikes == 10  # not always: reading waits for the GPU
                 if due:
-                    if not (loss.isfinite() and alpha > 0 and images.isfinite().all()) or spikes >= 10:
+                    if not (loss.isfinite() and good(moving)) or spikes == 10:
                         remedy = "a lower " + ("" if alpha <= 0 else "--alpha, ") + "--lr-alpha, --lr-img or --lr-w"
                         raise UserError(f"diverged by iteration {t}: loss {loss:.4g}, alpha {alpha:.4g}; the last good "
                                         f"state is kept; --restart with {remedy}{' or no --max-loss' * (spikes > 0)}")
-                    row = {"loss": loss.item(), "alpha": alpha.item(), **spread(W.detach()), "skipped": now["skipped"]}
+                    row = {"loss": loss.item(), "alpha": alpha.item(), **spread(W.detach()), "skipped": skipped}
                     bar.set_postfix_str(" ".join(f"{key} {value:.4g}" for key, value in row.items()), refresh=False)
-                    now["log"] = [*state["log"], {"iteration": t, "seconds": round(now["seconds"], 2), **row}]
+                    log = [*log, {"iteration": t, "seconds": round(seconds, 2), **row}]
                 if tests:
                     evaluate(args, data, test, out, "distilled", lambda: (images.detach(), labels), "convnet",
                              {"alpha": alpha.item(), "iteration": t, "settings": settings}, compile=False)
-                state = now  # all at once, so that an interruption finds whole iterations
+                if due or args.device.type == "cpu":  # all at once, so that an interruption finds whole iterations
+                    state = {**state, **{key: x.detach().to("cpu", copy=True) for key, x in moving.items()},
+                             "iteration": t, "seconds": seconds, "skipped": skipped, "log": log}
                 if due and RANK == 0:
-                    write_log()
+                    lines = [log[0].keys(), *(row.values() for row in log)]
+                    write(out / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
                 if saves and RANK == 0:
                     picture(), checkpoint()
         except BaseException:  # KeyboardInterrupt, too
@@ -1070,7 +1054,7 @@ def evaluate(args: argparse.Namespace, data: Dataset, test: tuple[Tensor, Tensor
             theta = flat_parameters(build(arch, data, args.width, args.depth))
             theta = train_network(ell, theta, *source(), epochs, lr, batch, bar.update)
             matrices[k] = confusion_matrix(net, theta, *test)
-    scores, seconds = [accuracy(m) for m in total(matrices)], round(time.time() - start, 1)
+    scores, seconds = [accuracy(m) for m in sum_over_ranks(matrices)], round(time.time() - start, 1)
     mean, std = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
     tqdm.write(f"{on:<12}{arch:<10}{f'{mean:.1f} ± {std:.1f} %':>14}{args.nets:>10}{epochs:>8}{lr:>10.5f}"
                f"{seconds:>9.0f}" + (f"  at iteration {result['iteration']}" if result else ""))
@@ -1089,23 +1073,21 @@ def open_result(args: argparse.Namespace) -> tuple[Dataset, Normalisation, dict 
     """What eval and plot read: data, normalisation, content of the distilled file (None where there is none and none is
     needed), the settings that teachers share with it, their folder, and its path."""
     given = args.command == "eval" and args.distilled
-    content = load(given, *RESULT) if given else None
+    content = load(given, "images", "W") if given else None
     for key in ("dataset", "ipc", "width", "depth", "zca"):  # a file from elsewhere brings its own settings
         if content and getattr(args, key) is None:
             setattr(args, key, content["settings"].get(key))
-    args.ipc = args.ipc or 1
-    data, shared, folder, out = prepare(args, args.ipc)
+    data, shared, folder, out = prepare(args)
     path = given or out / "distilled.pt"
     if not path.exists():
         if args.command == "plot" or "distilled" in args.on:
             raise UserError(f"{path} does not exist; run first: python iadd.py distill, with the same options")
         return data, Normalisation.fit(data.train[0], args.zca, args.device), None, shared, folder, path
-    content = content or load(path, *RESULT)
+    content = content or load(path, "images", "W")
     args.ipc = content["settings"]["ipc"]  # under a --name of its own it can be any
     if content["classes"] != data.classes or tuple(content["images"].shape[1:]) != data.shape:
         raise UserError(f"{path} was distilled from other classes or image sizes than {data.name} has")
-    if not given and (wrong := differences(content["settings"], shared)):
-        raise UserError(f"{path} does not belong to this dataset: it has {wrong}")
+    must_agree(path, content["settings"], {} if given else shared, "it belongs to another dataset or network")
     normalise = Normalisation(content["mean"].to(args.device), content["scale"].to(args.device))
     return data, normalise, content, shared, folder, path
 
@@ -1267,9 +1249,8 @@ def command_bench(args: argparse.Namespace) -> None:
             ("evaluation", "train", 10, 20 * J, 5000, "five networks, 1000 epochs")]:
         (slow, _, before), (fast, flops, after) = (
             measure_alone(ours, task, batch, steps, *settings, repeats) for ours in (False, True))
-        share = flops / fast / rate
-        print(f"{f'{name}, batch {batch}':<22}{1000 * slow:>12.2f}{1000 * fast:>10.2f}{slow / fast:>7.2f}x{share:>7.0%}"
-              f"{before:>7.2f} -> {after:>4.2f} GB  {what}: {count * fast:.2f} s", flush=True)
+        print(f"{f'{name}, batch {batch}':<22}{1000 * slow:>12.2f}{1000 * fast:>10.2f}{slow / fast:>7.2f}x"
+              f"{flops / fast / rate:>7.0%}{before:>7.2f} -> {after:.2f} GB  {what}: {count * fast:.2f} s", flush=True)
     for batch in (10,) if args.quick else (10, 100):
         few, many = (measure_alone(True, "distil", batch, J, *settings, 0)[2] for J in (5, 50))
         print(f"peak memory at batch {batch}: J = 5 {few:.2f} GB, J = 50 {many:.2f} GB ({many / few - 1:+.0%})")
@@ -1280,16 +1261,10 @@ def at_least(low: float, kind: type = int, strict: bool = False, high: float = 1
     def number(text):  # the name shows in argparse's message
         value = kind(text)
         if not low <= value <= high or strict and value == low:
-            bound = f"{'above' if strict else 'at least'} {low} and at most {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} is not {bound}")
+            bound = "above" if strict else "at least"
+            raise argparse.ArgumentTypeError(f"{text} is not {bound} {low} and at most {high:g}")
         return value
     return number
-
-def folder_name(text: str) -> str:
-    """An argparse type: the name of a new folder beside that of the teachers."""
-    if not text or Path(text).name != text or text[0] == "." or text == "teachers":
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be the name of a result's folder")
-    return text
 
 def make_parser() -> argparse.ArgumentParser:
     whole, above_zero, zero_up = at_least(1), at_least(0, float, strict=True), at_least(0, float)
@@ -1317,7 +1292,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ipc", type=whole, help="distilled images per class (default: 1)")
     add("--method", choices=["iadd", "mtt", "ddpp"], default="iadd",
         help="mtt keeps the weights W at 1, ddpp drops what is hardest to match (default: iadd)")
-    add("--name", type=folder_name, help="its folder's name (default: ipc<IPC>_<method>_seed<seed>)")
+    add("--name", help="its folder's name (default: ipc<IPC>_<method>_seed<seed>)")
     add = evaluation.add_argument_group("evaluation").add_argument
     add("--nets", type=whole, default=5, help="networks of each kind, differently initialised (default: 5)")
     add("--eval-epochs", type=whole, help="epochs of training (default: 1000; on the full set the preset's 50)")
@@ -1371,7 +1346,8 @@ def start_process(args: argparse.Namespace) -> None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device).item()
     except Exception as error:  # whatever a missing backend raises
-        raise UserError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {args.device or 'cuda'} cannot be used here ({reason})") from None
     args.device = device
     tune(device)
     if RANKS > 1 and args.command in ("plot", "bench"):
@@ -1380,14 +1356,14 @@ def start_process(args: argparse.Namespace) -> None:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         on_signals(signal.SIG_DFL)  # to wait for a rank that does not come is not Python's to interrupt
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
-        on_signals(interrupt)
+        on_signals()
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 2 for what the user can mend, 128 and the signal's number."""
     stderr, args = sys.stderr, argparse.Namespace(command=None)
     if RANK > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
-    on_signals(interrupt)
+    on_signals()
     try:
         args = make_parser().parse_args(argv)
         start_process(args)
@@ -1407,7 +1383,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             line = (str(error) or repr(error)).splitlines()[0]
             if not isinstance(error, (UserError, OSError)):
-                if "allocate" not in line and not isinstance(error, torch.OutOfMemoryError):
+                if not isinstance(error, MemoryError) and not re.search("alloc|out of memory", line, re.I):
                     raise  # not the user's: show where
                 less = {"teachers": "--batch-real or --width", "distill": "--batch, --steps or --width"}
                 line = (f"out of memory, at a peak of {peak_memory(args.device):.2f} GB: a smaller "

@@ -340,7 +340,7 @@ def test_segments_are_read_ahead_but_not_all_at_once():
     for n in range(1, 51):
         start, target = next(segments)
         assert target == start + 2 and 2 * n <= len(read) <= 2 * n + 2
-    assert next(segments, None) is None and len(read) == 100
+    assert next(segments, None) is None and len(read) <= 102
 
 
 def test_bench(capsys, monkeypatch):
@@ -907,7 +907,8 @@ def test_files_of_a_run(run):
     assert sorted(p.name for p in out.iterdir()) == [
         "distilled.pt", "images_00000.png", "images_00005.png", "images_00010.png", "images_00012.png", "log.csv", "settings.json"]
     result = torch.load(out / "distilled.pt", weights_only=True)
-    assert {*iadd.RESULT, "momentum", "momentum_alpha", "seconds", "skipped", "log", "checksum"} == set(result)
+    assert set(result) == {"images", "labels", "alpha", "W", "mean", "scale", "classes", "settings", "iteration",
+                           "momentum", "momentum_alpha", "seconds", "skipped", "log", "checksum"}
     assert result["images"].shape == (3, 3, 32, 32) and result["labels"].tolist() == [0, 1, 2]
     assert result["classes"] == ["cat", "dog", "emu"] and result["settings"]["steps"] == 3
     assert result["W"].shape == teacher["thetas"][0].shape and result["W"].max() <= 1
@@ -1394,7 +1395,7 @@ while kills < 20:
     kills += 1
     saved, at = 0, struct.unpack("q", reached[:])[0]
     if os.path.exists(result):
-        saved = iadd.load(iadd.Path(result), *iadd.RESULT, "momentum", "log")["iteration"]
+        saved = iadd.load(iadd.Path(result), "images", "W", "momentum")["iteration"]
         assert saved % every == 0 and before <= saved <= at <= saved + every, (before, saved, at)
     if os.path.exists(log):
         with open(log) as file:
@@ -1529,7 +1530,7 @@ def test_an_interrupted_evaluation_is_made_up_for(small, monkeypatch):
     words = ["distill", *options, *DISTILL, "--name", "watched", "--iterations", 6, "--eval-every", 3, "--nets", 1,
              "--eval-epochs", 2]
     with monkeypatch.context() as patch:
-        patch.setattr(iadd, "train_network", lambda *_: iadd.interrupt(signal.SIGTERM, None))
+        patch.setattr(iadd, "train_network", lambda *_: signal.raise_signal(signal.SIGTERM))
         assert command(*words) == 128 + signal.SIGTERM
     assert state_of(folder / "watched")["iteration"] == 2
     assert command(*words) == 0
@@ -1731,7 +1732,7 @@ def test_a_rank_that_dies_ends_the_job(small):
     lines, _ = lines_of(job)
     print(*lines, sep="\n")
     ours = [line for line in lines if "iadd.py: " in line]  # it hears of it by the lost contact, or from torchrun
-    assert len(ours) == 1 and ("rank 0: error: another process of this job has ended" in ours[0] or "interrupted" in ours[0])
+    assert len(ours) == 1 and ("rank 0: error: lost contact with the other processes" in ours[0] or "interrupted" in ours[0])
     assert job.returncode and "Signal 9 (SIGKILL)" in " ".join(lines)
     saved = state_of(folder / "orphan")["iteration"]
     assert saved >= 7
@@ -1744,7 +1745,7 @@ def test_a_rank_that_dies_ends_the_job(small):
 
 def settings_of(*words):
     args = iadd.make_parser().parse_args([str(word) for word in words])
-    iadd.prepare(args, args.ipc or 1)
+    iadd.prepare(args)
     return args
 
 
@@ -1885,7 +1886,7 @@ def test_corrupt_files_are_named(run, tmp_path, capsys):
     for content in (b"", b"hello", good[:-500], good[:100], flipped(good, where + 5), flipped(good, where + 3000)):
         bad.write_bytes(content)
         assert "bad.pt is damaged" in refused(capsys, "eval", "--distilled", bad)
-    for content in ({"images": torch.zeros(1)}, [1, 2], "text", list(iadd.RESULT), {**result, "alpha": 7.0},
+    for content in ({"images": torch.zeros(1)}, [1, 2], "text", ["images", "W"], {**result, "alpha": 7.0},
                     torch.load(folder / "teachers" / "000.pt", weights_only=True)):
         torch.save(content, bad)
         assert "bad.pt is damaged or not such a file" in refused(capsys, "eval", "--distilled", bad)
@@ -1920,7 +1921,7 @@ class Evil:
 
 def test_files_run_no_code(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({key: Evil() for key in iadd.RESULT}, "evil.pt")
+    torch.save({key: Evil() for key in ("images", "W", "checksum")}, "evil.pt")
     assert "evil.pt is damaged or not such a file of iadd.py" in refused(capsys, "eval", "--distilled", "evil.pt")
     assert not Path("evil_ran").exists()
 
