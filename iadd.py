@@ -14,10 +14,11 @@ fresh network trained on the distilled images alone does far better than one tra
     python iadd.py distill --ipc 1                # Algorithm 1: the distilled images
     python iadd.py eval --arch vgg11              # train fresh networks on them, test on real images
 
-Without a GPU and without a download, `--dataset shapes` runs all three in about three minutes. The paper
-is silent on J, K, I+, alpha_0, the learning rates and the momentum, so these are MTT's (Cazenavette et al., "Dataset
-Distillation by Matching Training Trajectories", CVPR 2022); the README lists every such choice. One departure: ZCA is
-used where MTT used it, not on every benchmark. With W = 1, IADD is MTT.
+Without a GPU and without a download, `--dataset shapes` runs all three in about three minutes. What was interrupted
+goes on when it is started again; `torchrun --nproc-per-node 4 iadd.py ...` uses four GPUs. The paper is silent on J, K,
+I+, alpha_0, the learning rates and the momentum, so these are MTT's (Cazenavette et al., "Dataset Distillation by
+Matching Training Trajectories", CVPR 2022); the README lists every such choice. One departure: ZCA is used where MTT
+used it, not on every benchmark. With W = 1, IADD is MTT.
 
 Glossary
     theta        all parameters of a network as one vector, (P,)        theta, Eq. (3)-(5)
@@ -960,7 +961,8 @@ def open_state(args: argparse.Namespace, data: Dataset, settings: dict, P: int, 
                   "W": torch.ones(P, dtype=torch.float64),  # float32 would round away steps below 3e-8
                   "momentum": torch.zeros(images.shape), "momentum_alpha": torch.zeros(()), "classes": data.classes,
                   "settings": settings, "iteration": 0, "seconds": 0.0, "skipped": 0, "log": []}, first)
-            set_aside(result.parent)
+            if args.restart:
+                set_aside(result.parent)
             first.rename(result)
     state = load(result, "images", "W")
     must_agree(result, state["settings"], settings, "--restart begins anew, --name NAME keeps both")

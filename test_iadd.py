@@ -1205,7 +1205,7 @@ def test_help_explains_every_option(monkeypatch, capsys):
         assert name == "bench" or "cifar100       50     80" in text
 
 
-def test_run_all_paper(tmp_path):
+def test_run_all_paper(tmp_path, monkeypatch):
     """Lists every cell; runs the chosen ones, in order; after a failure it goes on where it stopped."""
     here = Path(iadd.__file__).parent
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
@@ -1243,6 +1243,9 @@ def test_run_all_paper(tmp_path):
     assert paper("table1/cifar10/ipc1")[2][-1].startswith("eval --dataset cifar10 --ipc 1 ")  # not ipc10
     assert paper()[1].count("# done") == 13 + 3 + 2  # two more cells have the same first command
     assert paper("table9")[0] == 2
+    monkeypatch.setenv("GPUS", "2")
+    ran = paper("table1/cifar100/ipc1/random")[2]
+    assert ran[0].startswith("torch.distributed.run --nproc-per-node 2 ") and "iadd.py eval --dataset cifar100" in ran[0]
 
 
 # ---- nothing lost: interruptions, other runs, full disks ------------------------------------------
@@ -1529,13 +1532,14 @@ def test_an_interrupted_evaluation_is_made_up_for(small, monkeypatch):
     tmp, options, folder = small
     words = ["distill", *options, *DISTILL, "--name", "watched", "--iterations", 6, "--eval-every", 3, "--nets", 1,
              "--eval-epochs", 2]
+    assert command("eval", *options, "--name", "watched", "--on", "random", "--nets", 1, "--eval-epochs", 2) == 0
     with monkeypatch.context() as patch:
         patch.setattr(iadd, "train_network", lambda *_: signal.raise_signal(signal.SIGTERM))
         assert command(*words) == 128 + signal.SIGTERM
     assert state_of(folder / "watched")["iteration"] == 2
     assert command(*words) == 0
     rows = [json.loads(line) for line in open(folder / "watched" / "results.jsonl")]
-    assert [row["iteration"] for row in rows] == [3, 6]
+    assert [row.get("iteration") for row in rows] == [None, 3, 6]  # and what was there first has stayed
 
 
 def test_other_teachers_are_noticed(small, tmp_path, capsys):
