@@ -1259,6 +1259,7 @@ def child(work):
     # a process that can be killed: work() runs in it; a fork, because to import torch takes seconds
     pid = os.fork()
     if pid == 0:
+        signal.alarm(200)  # whatever hangs
         out = os.open(os.devnull, os.O_WRONLY)
         os.dup2(out, 1)
         code = 99
