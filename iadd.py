@@ -1379,6 +1379,7 @@ def main(argv: list[str] | None = None) -> int:
         print("iadd.py: interrupted" + (again if args.command in ("teachers", "distill") else ""), file=sys.stderr)
         return 128 + (stop.args or [signal.SIGINT])[0]
     except (UserError, OSError, MemoryError, RuntimeError, SystemExit) as error:  # SystemExit is argparse's
+        on_signals()  # who saved has ignored them
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(10 * (RANK > 0))  # if it is not of this rank alone, rank 0 says it, and torchrun ends the others
             if isinstance(error, SystemExit):

@@ -1712,12 +1712,14 @@ def test_only_rank_0_speaks(small):
         (2, "distill", *options, "--ipc", 99, "--zca", "--max-start-epoch", 1),
         (2, "distill", "--dataset", "nonsense"), (2, "distill", "--ipc", "x"),
         (4, "distill", *options, "--name", "four"), (2, "bench"), (2, "eval", *options, "--device", "toaster"),
-        (2, "eval", *options, "--device", "cpu|toaster"))
+        (2, "eval", *options, "--device", "cpu|toaster"),
+        (2, "distill", *options, *DISTILL, "--lr-alpha", 1e6, "--name", "wild", "--iterations", 20))
     assert done == ([0, 0], [])
     for (codes, lines), says in zip(others, (
             "IPC 99 is too large", "unknown dataset 'nonsense'", "invalid number value: 'x'",
             "4 processes cannot share out the 3 images of a student step", "bench is for one process",
-            "rank 0: error: --device toaster", "rank 1: error: --device toaster")):  # what only rank 1 knows, it says
+            "rank 0: error: --device toaster", "rank 1: error: --device toaster",  # what only rank 1 knows, it says
+            "diverged by iteration")):
         errors = [line for line in lines if "error" in line]
         assert 2 in codes and 0 not in codes and len(errors) == 1 and says in errors[0], (codes, lines)
         assert "Traceback" not in " ".join(lines)
