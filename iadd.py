@@ -1371,6 +1371,7 @@ def main(argv: list[str] | None = None) -> int:
         start_process(args)
         args.function(args)
         if RANKS > 1:
+            time.sleep(0.1)  # torch 2.6 (its issue 56297): Python waits for gloo, and gloo for Python to drop a sum
             torch.distributed.destroy_process_group()
         return 0
     except KeyboardInterrupt as stop:
