@@ -14,6 +14,9 @@ fresh network trained on the distilled images alone does far better than one tra
     python iadd.py distill --ipc 1                # Algorithm 1: the distilled images
     python iadd.py eval --arch vgg11              # train fresh networks on them, test on real images
 
+The method is the middle of the file, from DSA to IADD, a quarter of it; before it stand settings and datasets, after it
+files, several processes, the commands, figures, timing and the command line.
+
 Without a GPU and without a download, `--dataset shapes` runs all three in about three minutes. What was interrupted
 goes on when it is started again; `torchrun --nproc-per-node 4 iadd.py ...` uses four GPUs. The paper is silent on J, K,
 I+, alpha_0, the learning rates and the momentum, so these are MTT's (Cazenavette et al., "Dataset Distillation by
