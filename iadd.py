@@ -1053,7 +1053,7 @@ def evaluate(args: argparse.Namespace, data: Dataset, test: tuple[Tensor, Tensor
     compile, record = accelerators(net, x[:batch], 3 * steps, compile)
     ell, start, n = record(compile(flat_loss(net))), time.time(), len(data.classes)
     matrices = torch.zeros(args.nets, n, n, dtype=torch.int64)  # the networks are shared out over the ranks
-    with progress_bar(total=steps / RANKS, desc=f"{arch} on {on}", unit="step", leave=False) as bar:
+    with progress_bar(total=math.ceil(steps / RANKS), desc=f"{arch} on {on}", unit="step", leave=False) as bar:
         for k in range(RANK, args.nets, RANKS):
             seed_all(args.seed, "eval", on, arch, k)
             theta = flat_parameters(build(arch, data, args.width, args.depth))
