@@ -35,7 +35,7 @@ Glossary
     max_start    a student starts at a teacher epoch i < max_start      I+, --max-start-epoch
     DSA, IPC     differentiable Siamese augmentation; images per class  script A, [47]; --ipc
 """
-import argparse, contextlib, ctypes, datetime, functools, hashlib, io, itertools, json, math, multiprocessing, os
+import argparse, contextlib, ctypes, datetime, functools, gc, hashlib, io, itertools, json, math, multiprocessing, os
 import platform, random, re, shutil, signal, statistics, sys, time, warnings, zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -462,12 +462,15 @@ def recorded(function):
         nonlocal replay
         if replay is None:
             examples = tuple(i.detach().clone().requires_grad_(i.requires_grad) for i in inputs)
+            gc.collect(), gc.disable()  # an old graph that Python frees meanwhile would spoil the recording
             try:
                 replay = torch.cuda.make_graphed_callables(function, examples)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 raise UserError(f"cannot record a CUDA graph, --no-compile does without: {error}") from None
+            finally:
+                gc.enable()
         return replay(*inputs)
     return call
 

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import errno
 import functools
+import gc
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import sys
 import tarfile
 import time
 import urllib.error
+import weakref
 import zipfile
 import zlib
 from pathlib import Path
@@ -282,6 +284,22 @@ def test_recorded_equals_eager(monkeypatch):
         trained += [iadd.train_network(ell, flat_parameters(net) + k, x, y, 4, 0.1, batch=8) for k in range(2)]
     assert torch.allclose(trained[0], trained[2], atol=1e-3) and torch.allclose(trained[1], trained[3], atol=1e-3)
     assert len(graphs) == (2 if DEVICE == "cpu" else 0)  # one for the students, one for both networks
+
+
+def test_no_old_graph_is_freed_while_another_is_recorded(monkeypatch):
+    class Graph:
+        """Like those of torch 2.9 to 2.14, part of a cycle (torch pull request 195397)."""
+
+    def record(function, examples):
+        assert alive() is None and not gc.isenabled()
+        return function
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    graph = Graph()
+    graph.itself, alive = graph, weakref.ref(graph)
+    del graph
+    assert alive() is not None
+    assert iadd.recorded(torch.exp)(torch.zeros(1)) == 1 and gc.isenabled()
 
 
 def test_compiles_what_takes_minutes_and_falls_back(monkeypatch, capsys):
