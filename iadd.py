@@ -462,15 +462,13 @@ def recorded(function):
         nonlocal replay
         if replay is None:
             examples = tuple(i.detach().clone().requires_grad_(i.requires_grad) for i in inputs)
-            gc.collect(), gc.disable()  # an old graph that Python frees meanwhile would spoil the recording
+            gc.collect()  # an old graph that Python frees only while this one is recorded would spoil it
             try:
                 replay = torch.cuda.make_graphed_callables(function, examples)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 raise UserError(f"cannot record a CUDA graph, --no-compile does without: {error}") from None
-            finally:
-                gc.enable()
         return replay(*inputs)
     return call
 

@@ -293,15 +293,19 @@ def test_no_old_graph_is_freed_while_another_is_recorded(monkeypatch):
         """Like those of torch 2.9 to 2.14, part of a cycle (torch pull request 195397)."""
 
     def record(function, examples):
-        assert alive() is None and not gc.isenabled()
+        assert alive() is None
         return function
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
-    graph = Graph()
-    graph.itself, alive = graph, weakref.ref(graph)
-    del graph
-    assert alive() is not None
-    assert iadd.recorded(torch.exp)(torch.zeros(1)) == 1 and gc.isenabled()
+    gc.disable()  # not now
+    try:
+        graph = Graph()
+        graph.itself, alive = graph, weakref.ref(graph)
+        del graph
+        assert alive() is not None
+        assert iadd.recorded(torch.exp)(torch.zeros(1)) == 1
+    finally:
+        gc.enable()
 
 
 def test_compiles_what_takes_minutes_and_falls_back(monkeypatch, capsys):
@@ -553,7 +557,7 @@ def test_dsa_gradient(dsa):
         return dsa(x)
 
     assert f(x).shape == x.shape and f(x).dtype == x.dtype
-    assert torch.autograd.gradcheck(f, x, nondet_tol=1e-9)  # on CUDA a warp's gradients add up in any order
+    assert torch.autograd.gradcheck(f, x, nondet_tol=0 if DEVICE == "cpu" else 1e-9)  # see `same`
 
 
 def test_augment_draws_one_group_a_batch_and_keeps_the_order(monkeypatch):
@@ -1053,8 +1057,8 @@ def test_weights_move_at_the_papers_learning_rate(run):
 
 
 @pytest.mark.parametrize("words, says", [
-    (["--lr-alpha", 1e6, "--eval-every", 1, "--nets", 1, "--eval-epochs", 1], "--lr-alpha"),
-    (["--lr-w", 1e9], "or --lr-w"), (["--lr-alpha", 1e6], "--lr-alpha"), (["--alpha", 1e9], "a lower --alpha"),
+    (["--lr-alpha", 1e6, "--eval-every", 1, "--nets", 1, "--eval-epochs", 1], "a lower --lr-alpha"),
+    (["--lr-w", 1e9], "or --lr-w"), (["--lr-alpha", 1e6], "a lower --lr-alpha"), (["--alpha", 1e9], "a lower --alpha"),
     (["--lr-img", 1e6, "--lr-w", 1e9, "--checkpoint-every", 500], "or --lr-w"),  # bad for ten iterations till noticed
     (["--lr-alpha", 1, "--lr-w", 0, "--checkpoint-every", 500], "--lr-alpha")])
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(run, capsys, words, says):
@@ -1064,9 +1068,11 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(run, capsys, words,
     assert command(*distill, "--iterations", 2) == 0
     assert command(*distill, "--iterations", 40, "--checkpoint-every", 1, *words) == 2
     error = capsys.readouterr().err
+    if DEVICE == "cuda":  # whose random numbers may send alpha the other way
+        says = says.removeprefix("a lower ")
     assert says in error and "Traceback" not in error and "the last good state is kept" in error
     alpha = float(re.search(r"alpha (\S+);", error)[1])
-    assert ("a lower --alpha" in error) == (not alpha <= 0)  # of an alpha below 0 its start is not to blame
+    assert ("a lower --alpha" in error) == (not alpha <= 0)  # if it fell below 0, its start is not to blame
     kept = iadd.load(folder / f"ipc1_iadd_seed{seed}" / "distilled.pt")
     assert kept["images"].isfinite().all() and kept["alpha"] > 0 and kept["W"].isfinite().all()
     assert kept["iteration"] < 40
