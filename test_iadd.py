@@ -1373,7 +1373,11 @@ def test_a_distillation_goes_on_bit_for_bit(small, straight, capsys):
     for T in (12, 16, 60):  # a larger T is no other setting: what came before is the same
         capsys.readouterr()
         assert command(*words, "--iterations", T) == 0
-        assert ("going on from iteration" in capsys.readouterr().out) == (T > 12)
+        out = capsys.readouterr().out
+        assert ("going on from iteration" in out) == (T > 12)
+        n = 2 * math.ceil(len(list((tmp / "pets" / "train").rglob("*.png"))) / 6)  # K = 2 epochs, of batches of 6
+        assert f"where {n} steps of 0.05, 2 epochs, took its teacher" in out
+        assert ("3 teachers: 3 steps of alpha = 0.05 are to take a student" in out) == (T == 12)  # then alpha moves
     assert identical(state_of(folder / "parts"), straight)
     log, whole = (list(csv.DictReader(open(folder / name / "log.csv"))) for name in ("parts", "whole"))
     assert [row["iteration"] for row in log] == [str(t) for t in range(61) if t and (t % 4 == 0 or t % 10 == 0)]
