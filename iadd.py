@@ -948,10 +948,10 @@ def command_distill(args: argparse.Namespace) -> None:
         if state["iteration"] == args.iterations:
             return print(f"{out}/distilled.pt is there already; --restart makes it anew")
         describe(args, out, {"iterations": args.iterations, **settings})
-        one, alpha = load(next(folder.glob("*.pt")), "settings")["settings"], float(state["alpha"])
-        n = args.expert_epochs * math.ceil(len(data.train[0]) / one["batch_real"])
+        training, alpha = load(next(folder.glob("*.pt")), "settings")["settings"], float(state["alpha"])
+        steps = args.expert_epochs * math.ceil(len(data.train[0]) / training["batch_real"])
         print(f"{len(teachers)} teachers: {args.steps} steps of alpha = {alpha:.4g} are to take a student where "
-              f"{n} steps of {one['lr_teacher']:g}, {args.expert_epochs} epochs, took its teacher")
+              f"{steps} steps of {training['lr_teacher']:g}, {args.expert_epochs} epochs, took its teacher")
         print(f"the rows of {out}/images_*.png are {', '.join(data.classes)}")
         distil(args, data, teachers, state, out)
 
