@@ -913,7 +913,7 @@ def train_teachers(args: argparse.Namespace, data: Dataset, settings: dict, path
 
 def open_teachers(shared: dict, folder: Path, needed: int = 1, most: int | None = None) -> list[Tensor]:
     """The trajectories in `folder`, memory-mapped, (epochs + 1, P) each, at `most` so many. Raises UserError if they do
-    not fit or have fewer than the `needed` epochs."""
+    not fit or have fewer than the `needed` epochs, or if there are none."""
     remedy = f"run first: python iadd.py teachers --epochs {needed}, with the same options on data and network"
     teachers = []
     for path in sorted(folder.glob("*.pt"))[:most]:
@@ -933,6 +933,7 @@ def spread(W: Tensor) -> dict[str, float]:
 
 def command_distill(args: argparse.Namespace) -> None:
     """Distil a dataset into a few images per class (Algorithm 1)."""
+    most = args.teachers  # not the preset's
     data, shared, folder, out = prepare(args)
     args.batch = min(args.batch or math.inf, args.ipc * len(data.classes))
     if args.batch < RANKS:
@@ -940,7 +941,9 @@ def command_distill(args: argparse.Namespace) -> None:
     names = ("ipc", "method", "steps", "expert_epochs", "max_start_epoch", "batch", "lr_img", "lr_alpha", "alpha",
              "lr_w", "normalize_w", "epsilon", "max_loss", "seed")
     needed = args.max_start_epoch - 1 + args.expert_epochs
-    teachers = open_teachers(shared, folder, needed)
+    teachers = open_teachers(shared, folder, needed, most)
+    if len(teachers) < (most or 1):
+        raise UserError(f"{folder} holds {len(teachers)} teachers, not {most}: run teachers --teachers {most} first")
     settings = {**shared, **{name: getattr(args, name) for name in names}, "teachers": len(teachers),
                 "teachers_fingerprint": checksum({n: thetas[:needed + 1] for n, thetas in enumerate(teachers)})}
     with exclusive(out):
@@ -968,7 +971,8 @@ def open_state(args: argparse.Namespace, data: Dataset, settings: dict, P: int, 
                   "scale": normalise.scale.cpu(), "alpha": args.alpha,         # line 2
                   "W": torch.ones(P, dtype=torch.float64),  # float32 would round away steps below 3e-8
                   "momentum": torch.zeros(images.shape), "momentum_alpha": torch.zeros(()), "classes": data.classes,
-                  "settings": settings, "iteration": 0, "seconds": 0.0, "skipped": 0, "log": []}, first)
+                  "settings": settings, "iteration": 0, "seconds": 0.0, "skipped": 0, "log": [],
+                  "recent": []}, first)
             if args.restart:
                 set_aside(result.parent)
             first.rename(result)
@@ -1012,11 +1016,12 @@ def distil(args: argparse.Namespace, data: Dataset, teachers: list[Tensor], stat
     elif RANK == 0:
         picture()
     start, spikes, skipped, log = time.time() - state["seconds"], 0, state["skipped"], state["log"]
+    recent = [torch.tensor(loss, device=args.device) for loss in state.get("recent", [])]  # losses since the last row
     with progress_bar(losses, total=args.iterations, initial=state["iteration"], unit="it") as bar:
         try:
             for t, loss in enumerate(bar, state["iteration"] + 1):
                 spikes = spikes + 1 if args.max_loss and loss > args.max_loss else 0
-                skipped, seconds = skipped + (spikes > 0), time.time() - start
+                skipped, seconds, recent = skipped + (spikes > 0), time.time() - start, [*recent, loss]
                 saves = t % args.checkpoint_every == 0 or t == args.iterations
                 tests = args.eval_every and t % args.eval_every == 0
                 due = t % 10 == 0 or saves or tests or spikes == 10  # not always: reading waits for the GPU
@@ -1025,15 +1030,17 @@ def distil(args: argparse.Namespace, data: Dataset, teachers: list[Tensor], stat
                         remedy = "a lower " + ("" if alpha <= 0 else "--alpha, ") + "--lr-alpha, --lr-img or --lr-w"
                         raise UserError(f"diverged by iteration {t}: loss {loss:.4g}, alpha {alpha:.4g}; the last good "
                                         f"state is kept; --restart with {remedy}{' or no --max-loss' * (spikes > 0)}")
-                    row = {"loss": loss.item(), "alpha": alpha.item(), **spread(W.detach()), "skipped": skipped}
+                    row = {"loss": torch.stack(recent).mean().item(), "alpha": alpha.item(), **spread(W.detach()),
+                           "skipped": skipped}
                     bar.set_postfix_str(" ".join(f"{key} {value:.4g}" for key, value in row.items()), refresh=False)
-                    log = [*log, {"iteration": t, "seconds": round(seconds, 2), **row}]
+                    log, recent = [*log, {"iteration": t, "seconds": round(seconds, 2), **row}], []
                 if tests:
                     evaluate(args, data, test, out, "distilled", lambda: (images.detach(), labels), "convnet",
                              {"alpha": alpha.item(), "iteration": t, "settings": settings}, compile=False)
                 if due or args.device.type == "cpu":  # all at once, so that an interruption finds whole iterations
                     state = {**state, **{key: x.detach().to("cpu", copy=True) for key, x in moving.items()},
-                             "iteration": t, "seconds": seconds, "skipped": skipped, "log": log}
+                             "iteration": t, "seconds": seconds, "skipped": skipped, "log": log,
+                             "recent": [loss.item() for loss in recent]}
                 if due and RANK == 0:
                     lines = [log[0].keys(), *(row.values() for row in log)]
                     write(out / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
@@ -1324,6 +1331,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--restart", action="store_true", help="train all anew, the teachers that are there move to a folder `old`")
     add = command("distill", command_distill, data, machine, result, evaluation)
     add("--iterations", type=whole, help="T, distillation iterations (default: preset, 5000 in the paper)")
+    add("--teachers", type=whole, help="use the first so many of the teachers in the folder (default: all)")
     add("--steps", type=whole, help="J, student steps an iteration (default: preset)")
     add("--expert-epochs", type=whole, help="K, teacher epochs from start to target (default: preset)")
     add("--max-start-epoch", type=whole, help="I+, students start at a teacher epoch below it (default: preset)")

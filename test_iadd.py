@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -932,7 +933,7 @@ def test_files_of_a_run(run):
         "distilled.pt", "images_00000.png", "images_00005.png", "images_00010.png", "images_00012.png", "log.csv", "settings.json"]
     result = torch.load(out / "distilled.pt", weights_only=True)
     assert set(result) == {"images", "labels", "alpha", "W", "mean", "scale", "classes", "settings", "iteration",
-                           "momentum", "momentum_alpha", "seconds", "skipped", "log", "checksum"}
+                           "momentum", "momentum_alpha", "seconds", "skipped", "log", "recent", "checksum"}
     assert result["images"].shape == (3, 3, 32, 32) and result["labels"].tolist() == [0, 1, 2]
     assert result["classes"] == ["cat", "dog", "emu"] and result["settings"]["steps"] == 3
     assert result["W"].shape == teacher["thetas"][0].shape and result["W"].max() <= 1
@@ -997,6 +998,8 @@ def test_a_finished_result_is_not_overwritten(run, capsys):
     words = ["distill", *options, "--iterations", 12, "--steps", 3]
     shutil.copy(folder / "teachers" / "001.pt", folder / "teachers" / "002.pt")
     assert "distilled.pt has teachers 2, not 3" in refused(capsys, *words)
+    assert command(*words, "--teachers", 2) == 0 and "is there already" in capsys.readouterr().out
+    assert "teachers holds 3 teachers, not 4: run teachers --teachers 4" in refused(capsys, *words, "--teachers", 4)
     (folder / "teachers" / "002.pt").unlink()
     stamp = (out / "distilled.pt").stat().st_mtime_ns
     assert command(*words) == 0 and "is there already" in capsys.readouterr().out
@@ -1392,6 +1395,28 @@ def test_a_distillation_goes_on_bit_for_bit(small, straight, capsys):
     assert command(*words, "--iterations", 4, "--lr-w", 7, "--restart") == 0
     assert identical(state_of(folder / "parts" / "old"), straight)
     assert [p.name for p in sorted((folder / "parts").glob("images*"))] == ["images_00000.png", "images_00004.png"]
+
+
+def test_the_log_has_mean_losses(small, monkeypatch):
+    """Each row that of the iterations since the row before, also if the run was interrupted between the two."""
+    tmp, options, folder = small
+    words = ["distill", *options, *DISTILL, "--checkpoint-every", 4, "--name", "means", "--iterations", 12]
+    original, losses = iadd.iadd, []
+
+    def watched(*args, **settings):
+        for loss in original(*args, **settings):
+            losses.append(loss.item())
+            yield loss
+            if len(losses) == 6:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(iadd, "iadd", watched)
+    assert command(*words) == 128 + signal.SIGINT and state_of(folder / "means")["iteration"] == 6
+    assert command(*words) == 0
+    rows = {row["iteration"]: row["loss"] for row in state_of(folder / "means")["log"]}
+    assert len(set(losses)) == 12 and list(rows) == [4, 8, 10, 12]
+    means = [statistics.mean(losses[a:b]) for a, b in ((0, 4), (4, 8), (8, 10), (10, 12))]
+    assert list(rows.values()) == pytest.approx(means, rel=1e-5)
 
 
 TWENTY_KILLS = """
