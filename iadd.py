@@ -942,7 +942,7 @@ def command_distill(args: argparse.Namespace) -> None:
              "lr_w", "normalize_w", "epsilon", "max_loss", "seed")
     needed = args.max_start_epoch - 1 + args.expert_epochs
     teachers = open_teachers(shared, folder, needed, most)
-    if len(teachers) < (most or 1):
+    if most and len(teachers) < most:
         raise UserError(f"{folder} holds {len(teachers)} teachers, not {most}: run teachers --teachers {most} first")
     settings = {**shared, **{name: getattr(args, name) for name in names}, "teachers": len(teachers),
                 "teachers_fingerprint": checksum({n: thetas[:needed + 1] for n, thetas in enumerate(teachers)})}
@@ -971,8 +971,7 @@ def open_state(args: argparse.Namespace, data: Dataset, settings: dict, P: int, 
                   "scale": normalise.scale.cpu(), "alpha": args.alpha,         # line 2
                   "W": torch.ones(P, dtype=torch.float64),  # float32 would round away steps below 3e-8
                   "momentum": torch.zeros(images.shape), "momentum_alpha": torch.zeros(()), "classes": data.classes,
-                  "settings": settings, "iteration": 0, "seconds": 0.0, "skipped": 0, "log": [],
-                  "recent": []}, first)
+                  "settings": settings, "iteration": 0, "seconds": 0.0, "skipped": 0, "log": []}, first)
             if args.restart:
                 set_aside(result.parent)
             first.rename(result)
