@@ -951,7 +951,7 @@ def command_distill(args: argparse.Namespace) -> None:
         if state["iteration"] == args.iterations:
             return print(f"{out}/distilled.pt is there already; --restart makes it anew")
         describe(args, out, {"iterations": args.iterations, **settings})
-        training, alpha = load(next(folder.glob("*.pt")), "settings")["settings"], float(state["alpha"])
+        training, alpha = load(min(folder.glob("*.pt")), "settings")["settings"], float(state["alpha"])
         steps = args.expert_epochs * math.ceil(len(data.train[0]) / training["batch_real"])
         print(f"{len(teachers)} teachers: {args.steps} steps of alpha = {alpha:.4g} are to take a student where "
               f"{steps} steps of {training['lr_teacher']:g}, {args.expert_epochs} epochs, took its teacher")
@@ -1015,7 +1015,7 @@ def distil(args: argparse.Namespace, data: Dataset, teachers: list[Tensor], stat
     elif RANK == 0:
         picture()
     start, spikes, skipped, log = time.time() - state["seconds"], 0, state["skipped"], state["log"]
-    recent = [torch.tensor(loss, device=args.device) for loss in state.get("recent", [])]  # losses since the last row
+    recent = torch.tensor(state.get("recent", []), dtype=W.dtype, device=args.device).unbind()  # of no row yet
     with progress_bar(losses, total=args.iterations, initial=state["iteration"], unit="it") as bar:
         try:
             for t, loss in enumerate(bar, state["iteration"] + 1):
