@@ -719,7 +719,7 @@ def save(content: dict, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def load(path: Path, wanted: dict, remedy: str = "", key: str = "images") -> dict:
+def load(path: Path, wanted: dict, remedy: str = "make it anew", key="images") -> dict:
     """What `save` wrote. Raises UserError if it is damaged, lacks `key` or the settings wanted."""
     try:
         with zipfile.ZipFile(path) as records:  # as which torch saves, with a CRC for each record
@@ -728,10 +728,10 @@ def load(path: Path, wanted: dict, remedy: str = "", key: str = "images") -> dic
         found, _ = content["settings"], content[key]
     except Exception as error:  # torch raises half a dozen types for a damaged file
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"cannot read {path}; is it damaged, or not iadd.py's? {why}") from None
+        raise UserError(f"{path} is missing, damaged or not iadd.py's: {remedy} ({why})") from None
     wrong += [f"{k} {found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v]
     if wrong:
-        raise UserError(f"{path} has {', '.join(wrong)}; {remedy or 'delete it'}")
+        raise UserError(f"{path} has {', '.join(wrong)}; {remedy}")
     return content
 
 
