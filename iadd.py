@@ -703,7 +703,7 @@ def make_shapes(train: int = 200, test: int = 50, seed: int = 0) -> Dataset:
 # --------------------------------------------------------------------------------------------------
 # 7. Files (written whole or not at all, read as data and never as code), speed, processes
 
-CHECKPOINT_SECONDS = 60  # what a kill or a power cut costs at most
+CHECKPOINT_SECONDS = 60  # what a kill costs at most
 
 
 def fingerprint(tensors) -> int:
