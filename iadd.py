@@ -1283,9 +1283,6 @@ def main(argv: list[str] | None = None) -> int:
         if args.rank > 0:
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (till the process ends)
         args.function(args)
-        if args.ranks > 1:
-            time.sleep(0.1)  # torch 2.6 (its issue 56297) can hang if a sum has only just ended
-            torch.distributed.destroy_process_group()
         return 0
     except KeyboardInterrupt as stop:
         print("iadd.py: interrupted; the same command, less --restart, goes on", file=stderr)
@@ -1293,6 +1290,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"iadd.py: error: {error}", file=stderr)
         return 2
+    finally:
+        sys.stderr = stderr  # for a traceback
 
 
 if __name__ == "__main__":

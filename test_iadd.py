@@ -106,10 +106,10 @@ def unrolled_step(net):
     return step
 
 
-def tiny_problem(dtype=torch.float64, J=4, B=3):
+def tiny_problem(dtype=torch.float64, J=4, B=3, depth=2):
     """A small ConvNet, the leaves theta, alpha, x and W, and what stays as it is: labels, start and
     target."""
-    net = iadd.convnet((3, 8, 8), 3, width=4, depth=2).to(DEVICE, dtype)
+    net = iadd.convnet((3, 8, 8), 3, width=4, depth=depth).to(DEVICE, dtype)
     theta = flat_parameters(net)
     x = torch.randn(J, B, 3, 8, 8).to(theta)
     W = 1 + 0.1 * torch.rand_like(theta)
@@ -320,7 +320,7 @@ def test_herding_by_hand():
 
 
 def test_compiled_equals_eager():
-    net, leaves, rest = tiny_problem(J=2)
+    net, leaves, rest = tiny_problem(J=2, depth=1)  # to compile more takes longer
     compiler = any(map(shutil.which, ("g++", "clang++", "c++")))  # else it can but trace
     backend = "inductor" if compiler else "aot_eager"
     faster = functools.partial(torch.compile, dynamic=False, backend=backend)
@@ -1642,7 +1642,7 @@ def test_save_is_all_or_nothing(small, capsys, monkeypatch):
 # ---- several processes ---------------------------------------------------------------------------
 
 
-def several(folder, n, *parts):
+def several(folder, n, *parts, change=int):
     """What torchrun does: n processes that know of each other. When one fails, the others end.
     Their exit codes, and the lines that each wrote to standard output and to standard error."""
     with socket.socket() as free:
@@ -1652,7 +1652,7 @@ def several(folder, n, *parts):
     job |= {"WORLD_SIZE": str(n), "GLOO_SOCKET_IFNAME": "lo"}
     said = [folder / f"said_{port}_{k}" for k in range(n)]
     mine = [{**job, "RANK": str(k), "LOCAL_RANK": str(k)} for k in range(n)]
-    children = [start(said[k], *parts, environment=mine[k]) for k in range(n)]
+    children = [start(said[k], *parts, environment=mine[k], change=change) for k in range(n)]
     end = time.time() + 120
     while any(child.is_alive() for child in children):
         late = time.time() > end
@@ -1699,6 +1699,18 @@ def test_too_few_segments_to_share_out(small, tmp_path):
     errors = [line for lines in err for line in lines if "error" in line]
     assert errors and all("--segments 2" in line for line in errors)
     assert not any("Traceback" in line for lines in err for line in lines)
+
+
+def fails_on_rank_1():
+    if os.environ["RANK"] == "1":
+        iadd.Normalisation.fit = lambda *_: [][7]
+
+
+def test_a_bug_shows_its_traceback_on_any_rank(small, tmp_path):
+    _, options, _ = small
+    distil = ["distill --name buggy --segments 2 --iterations 5", DISTIL, options]
+    codes, _, err = several(tmp_path, 2, distil, change=fails_on_rank_1)
+    assert codes[1] == 1 and "IndexError: list index out of range" in err[1]
 
 
 def test_teachers_and_evaluated_networks_are_shared_out(small, straight, tmp_path):
