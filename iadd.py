@@ -707,7 +707,6 @@ CHECKPOINT_SECONDS = 60  # what a kill costs at most
 
 
 def fingerprint(tensors) -> int:
-    """A checksum of tensors on the CPU."""
     return functools.reduce(lambda crc, x: zlib.crc32(x.contiguous().numpy(), crc), tensors, 0)
 
 
@@ -836,6 +835,8 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, dict, Path]:
     args.ipc = args.ipc or 1
     if args.command != "teachers":
         args.name = args.name or f"ipc{args.ipc}_{args.method}_seed{args.seed}"
+        if args.name != Path(args.name).name or args.name.startswith("teachers"):
+            raise UserError(f"--name {args.name} cannot be the name of a result's folder")
     for key, value in preset(args.preset or args.dataset, args.ipc).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)

@@ -1080,6 +1080,12 @@ def test_restarting_keeps_every_earlier_result(run, capsys):
     assert result(folder / "again")["iteration"] == 0  # what cannot begin moves nothing
 
 
+def test_the_name_of_a_result_stays_in_its_place(run, capsys):
+    _, options, _ = run
+    for name in ("teachers", "../out", "/tmp/out"):
+        assert "cannot be the name" in refused(capsys, "distill --restart --name", name, options)
+
+
 def test_restarting_after_an_old_result_was_deleted(run):
     _, options, folder = run
     distil = ["distill --steps 2 --iterations 1 --name tidy --restart", options]
