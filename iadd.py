@@ -36,7 +36,6 @@ Glossary
 import argparse
 import ast
 import contextlib
-import copy
 import ctypes
 import datetime
 import functools
@@ -45,7 +44,7 @@ import hashlib
 import json
 import math
 import os
-import signal
+import re
 import sys
 import time
 import zipfile
@@ -180,6 +179,9 @@ class Distillation:
             {"params": [self.images], "lr": lr_img, "momentum": 0.5},  # Eq. (12), zeta; as MTT
         ]
         self.optimizer = torch.optim.SGD(learned)
+        self.m_alpha, self.m_images = torch.zeros_like(self.alpha), torch.zeros_like(self.images)
+        for p, momentum in ((self.alpha, self.m_alpha), (self.images, self.m_images)):
+            self.optimizer.state[p]["momentum_buffer"] = momentum  # which it changes in place
         self.mismatch = images.new_zeros(P)  # theta - theta_target of the last student, to plot
 
 
@@ -193,7 +195,7 @@ def random_segment(teachers: list[Tensor], K: int, max_start: int) -> tuple[Tens
 def student_batches(images: Tensor, labels: Tensor, batch: int, J: int) -> tuple[Tensor, Tensor]:
     """J augmented mini-batches, x (J, batch, C, H, W) and y (J, batch): line 7, Eq. (1). All at
     once, as the images do not change within an iteration."""
-    index = to_device_of(images, minibatches(len(images), batch, J))
+    index = minibatches(len(images), batch, J).to(images.device)
     x = images.index_select(0, index.flatten())  # on a CPU its gradient adds in a fixed order
     return augment(x.view(J, batch, *images.shape[1:])), labels[index]
 
@@ -206,7 +208,7 @@ def iteration(d: Distillation, student, teachers: list[Tensor], m: Matching, seg
     for s in segments:
         seed_all(m.seed, "segment", d.t, s)  # so that it can be resumed, or done elsewhere
         segment = random_segment(teachers, m.K, m.max_start)  # line 4
-        theta_start, theta_target = (to_device_of(d.images, theta) for theta in segment)
+        theta_start, theta_target = (theta.to(d.images.device) for theta in segment)
         x, y = student_batches(d.images, d.labels, m.batch, m.J)  # line 7
         theta = student(theta_start, d.alpha, x, y)  # lines 5, 6, 8-10
         d.mismatch = theta.detach() - theta_target  # as in Fig. 1
@@ -297,7 +299,7 @@ def augment(x: Tensor) -> Tensor:
     """Augments J mini-batches (J, B, C, H, W): each draws one of the six kinds for all its images.
     Differentiable in x. One call for all mini-batches of a kind."""
     kind = torch.randint(len(DSA), (len(x),))  # on the CPU, so that nothing waits for a GPU
-    order = to_device_of(x, kind.argsort())
+    order = kind.argsort().to(x.device)
     parts = x[order].split(kind.bincount(minlength=len(DSA)).tolist())
     done = [dsa(part.flatten(0, 1)).view_as(part) for dsa, part in zip(DSA, parts) if len(part)]
     return torch.cat(done)[order.argsort()]  # in the order of x again
@@ -346,9 +348,7 @@ def vgg11(shape, classes: int) -> nn.Module:
 
 def resnet18(shape, classes: int) -> nn.Module:
     """ResNet18 [7] for small images: a 3x3 stem without stride or pooling."""
-    net = torchvision.models.resnet18(
-        num_classes=classes, norm_layer=lambda width: nn.GroupNorm(width, width)
-    )
+    net = torchvision.models.resnet18(norm_layer=lambda w: nn.GroupNorm(w, w), num_classes=classes)
     net.conv1 = nn.Conv2d(shape[0], 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
     for module in net.modules():  # initialised as the others are, not as by torchvision
@@ -378,18 +378,20 @@ def minibatches(n: int, batch: int, J: int) -> Tensor:
     return filled.view(passes * in_a_pass, batch)[:J]
 
 
-def train(ell, theta: Tensor, optimizer, x: Tensor, y: Tensor, epochs: int, batch: int) -> None:
-    """Passes over x (N, C, H, W), y (N,) in mini-batches with DSA. Updates theta (P,) in place."""
+def train(ell, theta: Tensor, optimizer, x, y, epochs: int, batch: int, normalise) -> None:
+    """Passes over x (N, C, H, W), y (N,) in mini-batches with DSA. Updates theta (P,) in place.
+    normalise: makes network input of x[...]."""
     batch = min(batch, len(x))
-    index = to_device_of(x, minibatches(len(x), batch, epochs * math.ceil(len(x) / batch)))
-    for several in index.split(max(1, 4096 // batch)):  # 4096 images at once are augmented faster
-        for x_j, y_j in zip(augment(x[several]), y[several]):
+    index = minibatches(len(x), batch, epochs * math.ceil(len(x) / batch)).to(x.device)
+    at_once = 4096 * 3 * 32 * 32 // x[0].numel()  # images: so many are augmented faster than few
+    for several in index.split(max(1, at_once // batch)):
+        for x_j, y_j in zip(augment(normalise(x[several])), y[several]):
             optimizer.zero_grad()
             ell(theta, x_j, y_j).backward()
             optimizer.step()
 
 
-def train_teacher(ell, theta: Tensor, x, y, epochs, seed: tuple, lr: float, batch: int):
+def train_teacher(ell, theta: Tensor, x, y, epochs, seed: tuple, lr: float, batch: int, normalise):
     """Yields a teacher's parameters, (P,) on the CPU, after each of the epochs, from theta (P,) on.
     Plain SGD, as MTT's, so theta is all its state. Each epoch has its own random stream: a resumed
     trajectory is the same as one that was never stopped."""
@@ -397,28 +399,28 @@ def train_teacher(ell, theta: Tensor, x, y, epochs, seed: tuple, lr: float, batc
     optimizer = torch.optim.SGD([theta], lr)
     for epoch in epochs:
         seed_all(*seed, "epoch", epoch)
-        train(ell, theta, optimizer, x, y, 1, batch)
+        train(ell, theta, optimizer, x, y, 1, batch, normalise)
         yield theta.detach().to("cpu", copy=True)  # not a view of the live weights
 
 
-def train_network(ell, theta: Tensor, x, y, epochs: int, lr: float, batch: int) -> Tensor:
+def train_network(ell, theta: Tensor, x, y, epochs, lr: float, batch: int, normalise) -> Tensor:
     """A network of the evaluation, trained from theta (P,) on. The paper is silent; nearly as MTT:
     SGD with momentum .9, weight decay 5e-4, DSA, a tenth of the learning rate in the second half.
     (MTT: 1,001 epochs, momentum begun anew after 502, the last mini-batch of a pass short.)"""
     theta = theta.to(x.device, copy=True).requires_grad_()
     optimizer = torch.optim.SGD([theta], lr, momentum=0.9, weight_decay=5e-4)
-    train(ell, theta, optimizer, x, y, epochs - epochs // 2, batch)
+    train(ell, theta, optimizer, x, y, epochs - epochs // 2, batch, normalise)
     if epochs > 1:  # `train` does not take 0
         optimizer.param_groups[0]["lr"] = lr / 10
-        train(ell, theta, optimizer, x, y, epochs // 2, batch)
+        train(ell, theta, optimizer, x, y, epochs // 2, batch, normalise)
     return theta.detach()
 
 
 @torch.no_grad()
-def confusion_matrix(net: nn.Module, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def confusion_matrix(net: nn.Module, theta: Tensor, x: Tensor, y: Tensor, normalise) -> Tensor:
     """Entry (r, c): how many of the images x of class r the network takes for class c."""
     nn.utils.vector_to_parameters(theta, net.parameters())
-    scores = torch.cat([net(part) for part in x.split(500)])  # (N, classes)
+    scores = torch.cat([net(normalise(part)) for part in x.split(250)])  # (N, classes)
     n = scores.shape[1]
     return torch.bincount(n * y + scores.argmax(1), minlength=n * n).view(n, n)
 
@@ -433,8 +435,8 @@ class Normalisation:
     U diag(v) U^T of the pixels x in [0, 1]; otherwise z = (x - mean) * 1/std for each channel."""
 
     def __init__(self, mean: Tensor, scale: Tensor):
-        self.mean = mean  # (D,), D = C H W; without ZCA (C, 1, 1)
-        self.scale = scale  # M (D, D); without ZCA 1/std (C, 1, 1)
+        self.mean = mean  # (C, H, W); without ZCA (C, 1, 1)
+        self.scale = scale  # M (D, D), D = C H W; without ZCA 1/std (C, 1, 1)
         self.zca = scale.dim() == 2
 
     @classmethod
@@ -442,30 +444,39 @@ class Normalisation:
         """images: uint8 (N, C, H, W). eps: MTT's. Raises UserError if M would be too large."""
         if zca and images[0].numel() > 20000:
             raise UserError("the images are too large for ZCA: use --no-zca, or a smaller --size")
-        x = images.to(device).float().div_(255)
+        parts = images.to(device).split(1000)  # to make floats of: of all at once they fill memory
+        mean = sum(part.sum(0) for part in parts).double() / len(images) / 255  # (C, H, W)
         if not zca:
-            std, mean = torch.std_mean(x, (0, 2, 3))
-            return cls(mean[:, None, None], 1 / std.clamp_min(1e-4)[:, None, None])
-        x = x.flatten(1)
-        v, U = torch.linalg.eigh(torch.cov(x.T).double())
+            mean = mean.mean((1, 2), keepdim=True)
+            squares = sum((part / 255 - mean).square().sum((0, 2, 3)) for part in parts)
+            std = (squares / images[:, 0].numel()).sqrt().clamp_min(1e-4)
+            return cls(mean.float(), 1 / std[:, None, None].float())
+        centred = ((part / 255 - mean).flatten(1).float() for part in parts)
+        covariance = sum((x.T @ x).double() for x in centred) / (len(images) - 1)
+        v, U = torch.linalg.eigh(covariance)
         M = (U / (v.clamp_min(0) + eps).sqrt()) @ U.T
-        return cls(x.mean(0), M.float())
+        return cls(mean.float(), M.float())
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) -> network input, float32 of that shape."""
-        parts = []
-        for part in images.split(5000):
-            x = part.to(self.mean.device).float() / 255
-            if self.zca:
-                parts.append(((x.flatten(1) - self.mean) @ self.scale).view_as(x))
-            else:
-                parts.append((x - self.mean) * self.scale)
-        return torch.cat(parts)
+        """uint8 (..., C, H, W) -> network input, float32 of that shape; which stays as it is."""
+        if images.is_floating_point():
+            return images
+        z = torch.empty(images.shape, device=self.mean.device)
+        for part, out in zip(images.split(1000), z.split(1000)):
+            x = part.to(z.device) / 255 - self.mean
+            out.copy_((x.flatten(-3) @ self.scale).view_as(x) if self.zca else x * self.scale)
+        return z
+
+    def of(self, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """x and y of data.train or data.test, on the device. x is whitened; without ZCA it stays
+        uint8, a quarter of the memory, as to normalise mini-batches then costs nothing."""
+        x, y = (tensor.to(self.mean.device) for tensor in part)
+        return self(x) if self.zca else x, y
 
     def inverse(self, z: Tensor) -> Tensor:
         """Network input (N, C, H, W) -> pixels on the scale 0 to 1, not clamped."""
         if self.zca:  # M is symmetric: z = (x - mean) M  <=>  M (x - mean)^T = z^T
-            return (self.mean + torch.linalg.solve(self.scale, z.flatten(1).T).T).view_as(z)
+            return torch.linalg.solve(self.scale, z.flatten(1).T).T.view_as(z) + self.mean
         return z / self.scale + self.mean
 
 
@@ -492,17 +503,12 @@ class UserError(Exception):
     """Something the user can mend. The command line prints it as one line and exits with code 2."""
 
 
-def to_device_of(x: Tensor, y: Tensor) -> Tensor:
-    """y on the device of x; a copy to a GPU does not wait for the work that is queued there."""
-    if x.is_cuda:
-        return y.pin_memory().to(x.device, non_blocking=True)
-    return y.to(x.device)
-
-
 # --------------------------------------------------------------------------------------------------
 # 6. Settings (default < preset < what the user typed) and datasets
 # Epochs, T, width: the paper's (Sections 4.1, 4.2, 4.5; for covid T is assumed), the rest MTT's
 PAPER = {"epochs": 50, "lr_teacher": 0.01, "batch_real": 256, "iterations": 5000, "width": 128}
+PAPER |= {"method": "iadd", "lr_w": 1e-4, "epsilon": 0.1, "nets": 5}
+MAX_SIDE = 512  # pixels a side: more needs a smaller --size
 SMALL = {"epochs": 10, "lr_teacher": 0.02, "batch_real": 64, "iterations": 200, "width": 32}
 # MTT's, and ZCA where MTT has it; for covid nobody's: MTT's for images of 128 x 128; shapes: ours
 PRESETS = """
@@ -520,17 +526,13 @@ shapes          1        6    10             2               4    300     1e-5  
 """
 
 
-def table() -> list[dict]:
-    """The rows of PRESETS as {column: value}. A batch of None is all images."""
-    header, *rows = [line.split() for line in PRESETS.strip().splitlines()]
-    return [dict(zip(header, [row[0], *map(ast.literal_eval, row[1:])])) for row in rows]
-
-
 def preset(name: str, ipc: int) -> dict:
     """Settings of a dataset (of a folder cifar10's) for the next smaller IPC, or the smallest."""
-    rows = [row for row in table() if row["dataset"] == name] or table()[:3]
+    header, *lines = [line.split() for line in PRESETS.strip().splitlines()]
+    table = [dict(zip(header, [line[0], *map(ast.literal_eval, line[1:])])) for line in lines]
+    rows = [row for row in table if row["dataset"] == name] or table[:3]
     up_to_ipc = [row for row in rows if row["ipc"] <= ipc] or rows[:1]
-    return {**(SMALL if name == "shapes" else PAPER), **up_to_ipc[-1]}
+    return {**PAPER, **(SMALL if name == "shapes" else {}), **up_to_ipc[-1]}
 
 
 @dataclass
@@ -548,14 +550,14 @@ class Dataset:
 
 
 def load_dataset(name: str, data_dir: Path, size=None, only=()) -> Dataset:
-    """One of PRESETS, or a folder of {train,test}/<class>/*. For image files, size: pixels a side
-    to which they are resized, only: the classes to use. Raises UserError."""
+    """One of PRESETS, or a folder {train,test}/<class>/*; with `size` pixels, of classes `only`."""
     if name == "tinyimagenet":
-        return read_dataset(name, list_tiny_imagenet(data_dir), size, only)
+        return read_dataset(name, *list_tiny_imagenet(data_dir), size, only)
     if name == "covid":
-        return read_dataset(name, list_covid(data_dir, only), size or 112, only, "L")
+        return read_dataset(name, *list_covid(data_dir, only), size or 112, only, "L")
     if Path(name).is_dir():
-        return read_dataset(Path(name).resolve().name, list_folder(Path(name)), size, only)
+        train, test = (image_files(Path(name) / part) for part in ("train", "test"))
+        return read_dataset(Path(name).resolve().name, train, test, size, only)
     if name not in ("cifar10", "cifar100", "shapes"):
         raise UserError(f"unknown dataset {name!r}: neither one of those in --help, nor a folder")
     if size or only:
@@ -570,93 +572,83 @@ def load_cifar(name: str, data_dir: Path) -> Dataset:
         with filelock.FileLock(f"{data_dir}.lock"):  # one process downloads, the others find it
             parts = [cifar(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot download {name} into {data_dir}: {error}") from None
+        raise UserError(f"cannot download {cifar.url} to {data_dir}/: {error}") from None
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
     return Dataset(name, parts[0].classes, *zip(images, [torch.tensor(p.targets) for p in parts]))
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Those in folder/images, if there is such a folder, or else in `folder`; no hidden ones."""
-    kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-    folder = folder / "images" if (folder / "images").is_dir() else folder
-    return sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in kinds)
+def image_files(root: Path) -> dict[str, list[Path]]:
+    """Those in each folder of root, or in the folder "images" there; nothing hidden."""
+    kinds, found = torchvision.datasets.folder.IMG_EXTENSIONS, {}
+    for folder in sorted(path for path in root.glob("[!.]*") if path.is_dir()):
+        inner = folder / "images" if (folder / "images").is_dir() else folder
+        found[folder.name] = sorted(f for f in inner.glob("[!.]*") if f.suffix.lower() in kinds)
+    return found
 
 
-def list_folder(root: Path) -> list[list[tuple[Path, str]]]:
-    """(file, class) of the training images and of the test images. Raises UserError."""
-    listing = []
-    for part in ("train", "test"):
-        folders = sorted(f for f in (root / part).glob("[!.]*") if f.is_dir())
-        listing.append([(file, folder.name) for folder in folders for file in image_files(folder)])
-    if not all(listing):
-        raise UserError(f"{root} needs images in train/<class>/ and in test/<class>/")
-    return listing
-
-
-def list_tiny_imagenet(root: Path) -> list[list[tuple[Path, str]]]:
-    """Tiny ImageNet [80] as published. Its validation images, which have labels, are the test."""
+def list_tiny_imagenet(root: Path):
+    """{class: files} of Tiny ImageNet's [80] training and validation images, which are the test."""
     if not (root / "words.txt").exists():
         raise UserError(f"--data-dir {root} is not the folder tiny-imagenet-200, see README")
     files = (root / "words.txt", root / "val/val_annotations.txt")
-    lines = [file.read_text("latin-1").splitlines() for file in files]
-    words, labels = (dict(line.split("\t")[:2] for line in part) for part in lines)
-    names, train = {}, []
-    for folder in sorted((root / "train").glob("n*")):
-        names[folder.name] = words[folder.name].split(",")[0]
-        train += [(file, names[folder.name]) for file in image_files(folder)]
-    return [train, [(root / "val/images" / file, names[wnid]) for file, wnid in labels.items()]]
+    lines = [re.findall("^(.+?)\t(.+?)(?:[,\t]|$)", f.read_text("latin-1"), re.M) for f in files]
+    names, labels = map(dict, lines)  # of each folder, up to a comma; of each validation image
+    train = {names.get(key, key): images for key, images in image_files(root / "train").items()}
+    test = {}
+    for file, key in labels.items():
+        test.setdefault(names.get(key, key), []).append(root / "val/images" / file)
+    return train, test
 
 
-def list_covid(root: Path, only=()) -> list[list[tuple[Path, str]]]:
-    """The COVID-19 Radiography Database [81] without its masks, split 8:2 in each class (Section
-    4.1): 16,933 and 4,232 images. Which file goes where depends on its name alone."""
-    train, test = [], []
+def list_covid(root: Path, only=()):
+    """{class: files} of the COVID-19 Radiography Database [81] without its masks, split 8:2 in each
+    class by their names alone (Section 4.1): 16,933 images to train and 4,232 to test."""
+    train, test, found = {}, {}, image_files(root)
     for name in only or ["COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"]:
-        if not (root / name).is_dir():
-            raise UserError(f"--data-dir {root} has no folder {name!r}: see README; or --classes")
-        files = image_files(root / name)
+        if name not in found:
+            raise UserError(f"--data-dir {root} has no folder {name} but {[*found]}, see README")
+        files = found[name]
         files.sort(key=lambda f, c=name: hashlib.sha256(f"{c}/{f.name}".encode()).digest())
         cut = round(0.8 * len(files))
-        train += [(file, name) for file in files[:cut]]
-        test += [(file, name) for file in files[cut:]]
-    return [train, test]
+        train[name], test[name] = files[:cut], files[cut:]
+    return train, test
 
 
 def read_image(path: Path, size: int | None, mode: str) -> np.ndarray:
-    """An image file as uint8 (H, W, C), C = 1 for mode "L", 3 for "RGB". Raises UserError."""
+    """An image file as uint8 (C, H, W), C = 1 for mode "L", 3 for "RGB". Raises UserError."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
                 raise ValueError(f"its pixels are of mode {image.mode}; 8-bit images are needed")
+            if max(image.size) > MAX_SIDE and not size:
+                raise ValueError(f"it has {image.size} pixels; --size N makes all images N x N")
             image = ImageOps.exif_transpose(image).convert(mode)
             if size:
                 image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased
-            return np.atleast_3d(np.asarray(image))
+            return np.ascontiguousarray(np.moveaxis(np.atleast_3d(image), 2, 0))
     except Exception as error:  # Pillow raises OSError, SyntaxError, DecompressionBombError, ...
         raise UserError(f"cannot read the image {path}: {error}") from None
 
 
-def read_dataset(name: str, listing: list, size, only, mode: str = "RGB") -> Dataset:
-    """The images of a listing, if given `only` of these classes. Raises UserError."""
-    listing = [[(f, c) for f, c in part if not only or c in only] for part in listing]
-    found = [{c for _, c in part} for part in listing]
-    classes = sorted(set(only).union(*found))
-    lacking = set(classes) - set.intersection(*found)
+def read_dataset(name: str, train: dict, test: dict, size, only, mode: str = "RGB") -> Dataset:
+    """From {class: files} of both parts; only: the classes to use, or all. Raises UserError."""
+    classes, parts = sorted({*(only or [*train, *test])}), (train, test)
+    lacking = [c for c in classes if not (train.get(c) and test.get(c))]
     if lacking or len(classes) < 2:
-        raise UserError(f"{name} has {classes}, but no training or no test images of {lacking}")
-    pairs = []
-    for part in listing:
-        files = [file for file, _ in part]
-        reading = ThreadPoolExecutor().map(lambda file: read_image(file, size, mode), files)
-        arrays = list(progress(reading, desc=f"reading {name}", total=len(files)))
-        side = pairs[0][0].shape[2] if pairs else arrays[0].shape[0]
-        for file, array in zip(files, arrays):
-            if array.shape[:2] != (side, side):
-                raise UserError(f"{file} has {array.shape} pixels, others {side}; see --size")
-        images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-        pairs.append((images, torch.tensor([classes.index(c) for _, c in part])))
-    full_name = "-".join([name, *sorted(only), *([f"{size}px"] if size else [])])
-    return Dataset(full_name, classes, *pairs)
+        found = f"no training or no test images of {lacking}" if lacking else "no two classes"
+        raise UserError(f"{name} has {found}, but {[*train]} and {[*test]}; see README")
+    files = [file for part in parts for c in classes for file in part[c]]
+    labels = [k for part in parts for k, c in enumerate(classes) for _ in part[c]]
+    reading = ThreadPoolExecutor().map(lambda file: read_image(file, size, mode), files)
+    arrays = list(progress(reading, desc=f"reading {name}", total=len(files)))
+    side = np.bincount([array.shape[1] for array in arrays]).argmax()  # of most
+    for file, array in zip(files, arrays):
+        if array.shape[1:] != (side, side):
+            raise UserError(f"{file} has {array.shape[1:]} pixels, not {side, side}; see --size")
+    images = torch.from_numpy(np.stack(arrays))
+    lengths = [sum(len(part[c]) for c in classes) for part in parts]
+    name = "-".join([name, *(classes if only else []), *([f"{size}px"] if size else [])])
+    return Dataset(name, classes, *zip(images.split(lengths), torch.tensor(labels).split(lengths)))
 
 
 SHAPES = {  # positive inside the figure; (u, v) are its own coordinates, its radius is 1
@@ -676,16 +668,15 @@ SHAPES = {  # positive inside the figure; (u, v) are its own coordinates, its ra
 def make_shapes(train: int = 200, test: int = 50, seed: int = 0) -> Dataset:
     """Ten classes of drawn figures: no pixel and no colour tells the class of one."""
     rng = np.random.default_rng(seed)
-    n = train + test
     grid = np.linspace(-1, 1, 32)
 
     def draw(low, high, channels=1):
-        return rng.uniform(low, high, (n, channels, 1, 1))
+        return rng.uniform(low, high, (train + test, channels, 1, 1))
 
-    images = []  # (n, 3, 32, 32) of each class
+    images = []  # (train + test, 3, 32, 32) of each class
     for pattern in SHAPES.values():
-        x = grid[None, :] - draw(-0.3, 0.3)  # (n, 1, 1, 32)
-        y = grid[:, None] - draw(-0.3, 0.3)  # (n, 1, 32, 1)
+        x = grid[None, :] - draw(-0.3, 0.3)  # (train + test, 1, 1, 32)
+        y = grid[:, None] - draw(-0.3, 0.3)  # (train + test, 1, 32, 1)
         tilt = draw(-0.3, 0.3)
         scale = draw(0.4, 0.8)
         u = (np.cos(tilt) * x - np.sin(tilt) * y) / scale
@@ -704,6 +695,14 @@ def make_shapes(train: int = 200, test: int = 50, seed: int = 0) -> Dataset:
 # 7. Files (written whole or not at all, read as data and never as code), speed, processes
 
 CHECKPOINT_SECONDS = 60  # what a kill costs at most
+progress = functools.partial(tqdm, mininterval=0.2 if sys.stderr.isatty() else 30)
+# What files hold, by type and shape: everywhere the same letter is the same length, D is C H H
+TEACHER = "thetas float32 E P"
+RESULT = "images float32 N C H H, labels int64 N, alpha float32, iteration int64"
+NORMALISATION = ", mean float32 C 1 1, scale float32 C 1 1"
+ZCA = ", mean float32 C H H, scale float32 D D"
+COURSE = "log float64 R 8, W float64 P, mismatch float32 P"
+TO_GO_ON = f"{RESULT}, {COURSE}, m_images float32 N C H H, m_alpha float32"
 
 
 def fingerprint(tensors) -> int:
@@ -713,36 +712,51 @@ def fingerprint(tensors) -> int:
 def save(content: dict, path: Path) -> None:
     """torch.save to another name, then renamed: `path` is the old file or the new, always whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(".tmp")
     torch.save(content, temporary)
     os.replace(temporary, path)
 
 
-def load(path: Path, wanted: dict, remedy: str = "make it anew", key="images") -> dict:
-    """What `save` wrote. Raises UserError if it is damaged, lacks `key` or the settings wanted."""
+def load(path: Path, fields: str, wanted: dict, sizes: dict, remedy="make it anew") -> dict:
+    """What `save` wrote. Raises UserError if it is damaged, if fields (with these sizes, such as
+    {"P": 320010}), make no sense, or if it has not the settings wanted."""
     try:
+        code = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with zipfile.ZipFile(path) as records:  # as which torch saves, with a CRC for each record
-            wrong = ["a wrong CRC"] if records.testzip() else []
-        content = torch.load(path, map_location="cpu", mmap=key == "thetas", weights_only=True)
-        found, _ = content["settings"], content[key]
+            if code or records.testzip():
+                raise ValueError(f"it would run {code}" if code else "wrong CRC")
+        content = torch.load(path, map_location="cpu", mmap=fields == TEACHER, weights_only=True)
+        settings, sizes = {**content, **content["settings"]}, {"1": 1, "8": 8, **sizes}
+        wrong = [
+            f"{k} {settings.get(k)}, not {v}" for k, v in wanted.items() if settings.get(k) != v
+        ]
+        found = {**content, **{key: settings[key] for key in ("zca", "width", "depth")}}
+        in_range = [found["width"] > 0, found["depth"] > 0, len(found.get("thetas", "-")) > 0]
+        if fields.startswith(RESULT):
+            fields += ZCA if found["zca"] else NORMALISATION
+            y = found["labels"]
+            in_range += [found["alpha"] > 0, y.min() >= 0, y.max() < len(found["classes"])]
+        for field in f"zca bool, width int64, depth int64, {fields}".split(", "):
+            key, kind, *letters = field.split()
+            x = torch.as_tensor(found[key])
+            lengths = [sizes.setdefault(a, n) for a, n in zip(letters, x.shape, strict=True)]
+            fine = x.dtype == getattr(torch, kind) and x.isfinite().all() and lengths == [*x.shape]
+            if not wrong and not (fine and all(in_range) and (x is found[key] or not letters)):
+                raise ValueError(f"not {field} with {sizes}, or a number out of range")
     except Exception as error:  # torch raises half a dozen types for a damaged file
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path} is missing, damaged or not iadd.py's: {remedy} ({why})") from None
-    wrong += [f"{k} {found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v]
     if wrong:
         raise UserError(f"{path} has {', '.join(wrong)}; {remedy}")
     return content
 
 
 def claim(folder: Path, args: argparse.Namespace):
-    """The lock of a folder, for `with`. --restart: what is there becomes folder.old1, .old2, ..."""
+    """The lock of a folder, for `with`. --restart: what is there becomes folder.old-<time>."""
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.{args.rank}.lock"))
     held = lock.acquire(timeout=0)
     if args.restart and args.rank == 0 and folder.exists():
-        n = 1
-        while folder.with_name(f"{folder.name}.old{n}").exists():
-            n += 1
-        folder.rename(folder.with_name(f"{folder.name}.old{n}"))
+        folder.rename(f"{folder}.old-{datetime.datetime.now():%Y%m%d-%H%M%S.%f}")
     sum_over_ranks(torch.zeros(1))  # the others wait
     return held
 
@@ -802,23 +816,9 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 def sum_gradients(optimizer, *_) -> None:
     """Before an optimizer's step: gradients become their sums over all processes."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    total = sum_over_ranks(torch.cat([g.double().flatten() for g in gradients]))
-    for g, part in zip(gradients, total.split([g.numel() for g in gradients])):
-        g.copy_(part.view_as(g))
-
-
-def progress(iterable=None, **options) -> tqdm:
-    """A progress bar; one line in half a minute where the output is not a terminal."""
-    return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
-
-
-def interrupt(number, frame):
-    """To SIGINT (Ctrl-C) and SIGTERM, once: what it interrupts can then save in peace."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt(number)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if p.grad is not None:
+            sum_over_ranks(p.grad)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -831,18 +831,29 @@ def pick(args: argparse.Namespace, names: str) -> dict:
 
 def prepare(args: argparse.Namespace) -> tuple[Dataset, dict, Path]:
     """Fills in what was not typed. Returns data, settings of teachers and results, their folder."""
+    idle = {}  # what has no effect with the other options
+    if args.command == "distill":
+        idle = {"lr_w": args.method not in (None, "iadd"), "epsilon": args.method != "ddpp"}
+        idle |= dict.fromkeys(("nets", "eval_epochs", "lr"), not args.eval_every)
+    elif args.command == "eval":
+        idle = {"ipc": args.distilled, "method": args.distilled or args.name}
+    for key, is_idle in idle.items():
+        if is_idle and getattr(args, key) is not None:
+            raise UserError(f"with the other options --{key.replace('_', '-')} has no effect")
     args.dataset = args.dataset or "cifar10"
     args.ipc = args.ipc or 1
-    if args.command != "teachers":
-        args.name = args.name or f"ipc{args.ipc}_{args.method}_seed{args.seed}"
-        if args.name != Path(args.name).name or args.name.startswith("teachers"):
-            raise UserError(f"--name {args.name} cannot be the name of a result's folder")
     for key, value in preset(args.preset or args.dataset, args.ipc).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
+    if args.command != "teachers":
+        seed = args.seed if args.command == "distill" else 0  # eval's is that of its networks
+        args.name = args.name or f"ipc{args.ipc}_{args.method}_seed{seed}"
+        if args.name != Path(args.name).name or args.name.startswith("teachers"):
+            raise UserError(f"--name {args.name} cannot be the name of a result's folder")
     data = load_dataset(args.dataset, args.data_dir, args.size, args.classes)
     args.depth = args.depth or max(1, round(math.log2(data.shape[1])) - 2)  # Sections 4.2, 4.5
-    build("convnet", data, args)  # says at once if the images are too small
+    P = len(flat_parameters(build("convnet", data, args)))  # says at once if images are too small
+    args.sizes = {"C": data.shape[0], "H": data.shape[1], "D": math.prod(data.shape), "P": P}
     sizes = f"{len(data.train[0])} training and {len(data.test[0])} test images of {data.shape}"
     print(f"{data.name}: {sizes} in {len(data.classes)} classes: {', '.join(data.classes)}")
     shared = {"dataset": data.name, "fingerprint": fingerprint(data.train)}
@@ -852,9 +863,9 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, dict, Path]:
 
 def build(arch: str, data: Dataset, args: argparse.Namespace) -> nn.Module:
     """A new network, on the device; args.width and args.depth are a ConvNet's. Raises UserError."""
-    smallest = 2 ** {"convnet": args.depth, "alexnet": 3, "vgg11": 5, "resnet18": 4}[arch]
-    if data.shape[1] < smallest:
-        raise UserError(f"{arch} needs images of {smallest} pixels a side, not {data.shape[1]}")
+    halvings = {"convnet": args.depth, "alexnet": 3, "vgg11": 5, "resnet18": 4}[arch]
+    if data.shape[1] >> halvings == 0:
+        raise UserError(f"{data.shape[1]} pixels cannot be halved {halvings} times, as {arch} does")
     sizes = pick(args, "width depth") if arch == "convnet" else {}
     return ARCHITECTURES[arch](data.shape, len(data.classes), **sizes).to(args.device)
 
@@ -869,8 +880,8 @@ def command_teachers(args: argparse.Namespace) -> None:
     paths = [folder / "teachers" / f"{k:03d}.pt" for k in range(args.teachers)]
     with claim(folder / "teachers", args):
         remedy = "--restart trains all anew, --runs DIR chooses another folder"
-        found = {p: load(p, settings, remedy, "thetas")["thetas"] for p in paths if p.exists()}
-        todo = [path for path in paths if len(found.get(path, [])) <= args.epochs]
+        found = {p: load(p, TEACHER, settings, args.sizes, remedy) for p in paths if p.exists()}
+        todo = [p for p in paths if p not in found or len(found[p]["thetas"]) <= args.epochs]
         print(f"{folder}/teachers: {len(paths) - len(todo)} of {len(paths)} are complete")
         sum_over_ranks(torch.zeros(1))  # before anyone writes, all have looked
         if todo:
@@ -882,16 +893,16 @@ def command_teachers(args: argparse.Namespace) -> None:
 def train_teachers(args, data: Dataset, settings: dict, paths: list[Path], found: dict) -> None:
     """Trains the teachers at `paths` to the end, from what was found of them. Raises UserError."""
     normalise = Normalisation.fit(data.train[0], args.zca, args.device)
-    (x, y), test = ((normalise(x), y.to(args.device)) for x, y in (data.train, data.test))
+    (x, y), test = normalise.of(data.train), normalise.of(data.test)
     net = build("convnet", data, args)
     faster, record = accelerators(args.device, args.teachers * args.epochs * len(x), args.compile)
     ell = record(faster(cross_entropy(net)))
-    how = (args.lr_teacher, args.batch_real)
+    how = (args.lr_teacher, args.batch_real, normalise)
     for path in paths:
         seed = (args.seed, "teacher", int(path.stem))
         seed_all(*seed)
-        thetas = [flat_parameters(build("convnet", data, args)).cpu()]
-        thetas = list(found.get(path, thetas))
+        theta = flat_parameters(build("convnet", data, args)).cpu()
+        thetas = list(found[path]["thetas"]) if path in found else [theta]
         epochs = range(len(thetas) - 1, args.epochs)
         bar = progress(epochs, desc=f"teacher {path.stem}", unit="epoch", leave=False)
         saved = time.time()
@@ -906,20 +917,8 @@ def train_teachers(args, data: Dataset, settings: dict, paths: list[Path], found
         finally:  # also if interrupted
             if len(thetas) - 1 > epochs.start:
                 save({"thetas": torch.stack(thetas), "settings": settings}, path)
-        hits = confusion_matrix(net, theta.to(args.device), *test).trace()
+        hits = confusion_matrix(net, theta.to(args.device), *test, normalise).trace()
         tqdm.write(f"teacher {path.stem}: {100 * hits / len(test[1]):.1f} % test accuracy")
-
-
-def open_teachers(wanted: dict, folder: Path, epochs: int, most: int | None) -> list[Tensor]:
-    """The trajectories in `folder`, (epochs + 1, P) each, at `most` so many. Raises UserError."""
-    remedy = f"python iadd.py teachers --epochs {epochs}, with the same options on data and network"
-    files = [load(p, wanted, remedy, "thetas") for p in sorted(folder.glob("[0-9]*.pt"))[:most]]
-    teachers = [file["thetas"][: epochs + 1] for file in files]
-    shortest = min(map(len, teachers), default=1) - 1
-    if len(teachers) < (most or 1) or shortest < epochs:
-        found = f"{len(teachers)} teachers, the shortest of {shortest} epochs"
-        raise UserError(f"{folder} holds {found}; run first: {remedy}")
-    return teachers
 
 
 def command_distill(args: argparse.Namespace) -> None:
@@ -929,8 +928,14 @@ def command_distill(args: argparse.Namespace) -> None:
     args.batch = min(args.batch or math.inf, args.ipc * len(data.classes))
     if args.segments < args.ranks:
         raise UserError(f"{args.ranks} processes need --segments {args.ranks} or more to share out")
-    needed = args.max_start_epoch - 1 + args.expert_epochs
-    teachers = open_teachers(settings, folder / "teachers", needed, most)
+    paths = sorted((folder / "teachers").glob("[0-9]*.pt"))[:most]
+    epochs = args.max_start_epoch - 1 + args.expert_epochs
+    remedy = f"python iadd.py teachers --ipc {args.ipc} --epochs {epochs} --teachers "
+    remedy += f"{most or len(paths) or args.teachers}, with the same options on data and network"
+    files = [load(path, TEACHER, settings, args.sizes, remedy) for path in paths]
+    teachers = [file["thetas"][: epochs + 1] for file in files]
+    if len(teachers) < (most or 1) or min(map(len, teachers)) <= epochs:
+        raise UserError(f"{folder} has {len(paths)} teachers, or too short; run first: {remedy}")
     names = "ipc method steps expert_epochs max_start_epoch batch segments lr_img lr_alpha alpha "
     settings |= pick(args, names + "lr_w epsilon seed")
     settings |= {"teachers": len(teachers), "teachers_fingerprint": fingerprint(teachers)}
@@ -945,30 +950,35 @@ def command_distill(args: argparse.Namespace) -> None:
 class Run:
     """A distillation under way. good: its last state that was found finite, for distilled.pt."""
 
+    TENSORS = ("images", "W", "mismatch", "m_images", "m_alpha")  # that change
     COLUMNS = "iteration,time,loss,alpha,W_min,W_1pct,W_median,W_mean"  # of log.csv
 
     def __init__(self, args, data: Dataset, settings: dict, teachers: list[Tensor], out: Path):
         self.args, self.data, self.teachers, self.out = args, data, teachers, out
         path = out / "distilled.pt"
         if path.exists() and not args.restart:
-            good = load(path, settings, "--restart begins anew, --name NAME keeps both")
+            sizes = {**args.sizes, "N": args.ipc * len(data.classes)}
+            wanted = {**settings, "classes": data.classes}
+            good = load(
+                path, TO_GO_ON, wanted, sizes, "--restart begins anew, --name NAME keeps both"
+            )
         else:
             seed_all(args.seed, "distill")
             normalise = Normalisation.fit(data.train[0], args.zca, args.device)
             images, labels = real_images(data, normalise, args.ipc)
             good = {"images": images, "labels": labels, "alpha": args.alpha, "iteration": 0}
             good |= {"mean": normalise.mean, "scale": normalise.scale, "classes": data.classes}
-            good |= {"settings": settings, "log": [], "losses": []}
+            good |= {"settings": settings}
         names = ("images", "labels", "mean", "scale")
         images, labels, *norm = (good[name].to(args.device) for name in names)
         self.normalise = Normalisation(*norm)
         rates = (args.lr_img, args.lr_alpha, args.lr_w)
         self.d = Distillation(images, labels, good["alpha"], teachers[0].shape[1], *rates)
+        self.good, self.log, self.losses = good, [], []  # losses: since the last row of the log
         if good["iteration"] > 0:
-            self.d.W.data.copy_(good["W"])
-            self.d.optimizer.load_state_dict(good["optimizer"])
-            self.d.t, self.d.mismatch = good["iteration"], good["mismatch"]
-        self.good, self.log, self.losses = good, good["log"], good["losses"]  # since the last row
+            for name in self.TENSORS:
+                getattr(self.d, name).data.copy_(good[name])
+            self.d.t, self.log = good["iteration"], good["log"].tolist()
 
     def to_the_end(self) -> None:
         """Algorithm 1."""
@@ -993,21 +1003,17 @@ class Run:
             self.save()
 
     def after_iteration(self, loss: Tensor) -> None:
-        """Logs, tests, draws and saves when it is time. (To look at a number waits for a GPU.)"""
+        """Every tenth time: logs, tests, draws and saves. (To look at a number waits for a GPU.)"""
         args, d, last = self.args, self.d, self.d.t == self.args.iterations
         self.losses.append(sum_over_ranks(loss))
         self.bar.update()
-        row = last or d.t % 10 == 0
         test = args.eval_every and d.t % args.eval_every == 0
-        late = time.time() > self.saved + CHECKPOINT_SECONDS
-        if not (row or test or late):
+        if not (last or test or d.t % 10 == 0):
             return
         if not (d.alpha > 0 and all(x.isfinite().all() for x in (loss, d.alpha, d.images, d.W))):
-            bad = f"diverged by iteration {d.t} (loss {loss:.4g}, alpha {d.alpha:.4g}), kept is"
-            good = f"iteration {self.good['iteration']}, which was good"
-            raise UserError(f"{bad} {good}; --restart with a lower --alpha or --lr-...")
-        if row:
-            self.log_row()
+            bad = f"diverged by iteration {d.t} (loss {loss:.4g}, alpha {d.alpha:.4g}); kept is"
+            raise UserError(f"{bad} {self.good['iteration']}; --restart with lower learning rates")
+        self.log_row()
         if test:
             sample = functools.partial(tuple, (d.images.detach(), d.labels))
             what = ("distilled", "convnet", sample, args.lr or d.alpha.item(), self.out, d.t)
@@ -1015,7 +1021,7 @@ class Run:
         if last or d.t % (10 * math.ceil(args.iterations / 200)) == 0:  # 20 times
             self.draw()
         self.keep()
-        if late:
+        if time.time() > self.saved + CHECKPOINT_SECONDS:
             self.save()
 
     def log_row(self) -> None:
@@ -1032,11 +1038,10 @@ class Run:
 
     def keep(self) -> None:
         """Makes a copy of all that changes."""
-        d = self.d
-        state = {"images": d.images.detach(), "W": d.W.detach(), "mismatch": d.mismatch}
-        state |= {"alpha": d.alpha.item(), "iteration": d.t, "optimizer": d.optimizer.state_dict()}
-        state |= {"log": self.log, "losses": [float(loss) for loss in self.losses]}
-        self.good = {**self.good, **copy.deepcopy(state), "machine": self.args.machine}
+        state = {name: getattr(self.d, name).detach().clone() for name in self.TENSORS}
+        state |= {"alpha": self.d.alpha.item(), "iteration": self.d.t, "machine": self.args.machine}
+        log = torch.tensor(self.log, dtype=torch.float64).view(len(self.log), 8)
+        self.good = {**self.good, **state, "log": log}
 
     def draw(self) -> None:
         """The images as a person sees them, `ipc` in a row (Fig. 4, 5, 8)."""
@@ -1045,8 +1050,8 @@ class Run:
             pixels = self.normalise.inverse(self.d.images.detach()).clamp(0, 1)
             pixels = F.interpolate(pixels, scale_factor=math.ceil(96 / self.data.shape[1]))
             path = self.out / f"images_{self.d.t:05d}.png"
-            in_a_row = self.args.ipc if self.args.ipc > 1 else 10
-            torchvision.utils.save_image(pixels, path, nrow=in_a_row, padding=4, pad_value=1)
+            nrow = self.args.ipc if self.args.ipc > 1 else 10
+            torchvision.utils.save_image(pixels, path, nrow=nrow, padding=4, pad_value=1)
 
     def save(self) -> None:
         if self.args.rank == 0:
@@ -1057,16 +1062,17 @@ class Run:
 def command_eval(args: argparse.Namespace) -> None:
     """Train fresh networks on the distilled images and test them on real ones (Section 4.1)."""
     if args.distilled:  # a file from elsewhere brings its own settings
-        for key, value in load(args.distilled, {})["settings"].items():
-            if key in args and getattr(args, key) is None:
-                setattr(args, key, value)
+        settings = load(args.distilled, RESULT, {}, {})["settings"]
+        names = ("dataset", "zca", "width", "depth")
+        vars(args).update({x: settings[x] for x in names if getattr(args, x) is None})
+        args.name = args.name or args.distilled.stem
     data, shared, folder = prepare(args)
-    path = args.distilled or folder / args.name / "distilled.pt"
+    out = folder / args.name
+    path = args.distilled or out / "distilled.pt"
     if "distilled" in args.on:
-        content = load(path, {} if args.distilled else shared, "run distill with these options")
-        args.ipc = content["settings"]["ipc"]  # --name does not tell it
-        if content["classes"] != data.classes or content["images"].shape[1:] != data.shape:
-            raise UserError(f"{path} is of other classes or image sizes than {data.name}")
+        wanted = {"classes": data.classes, **({} if args.distilled else shared)}
+        content = load(path, RESULT, wanted, args.sizes)
+        args.ipc = len(content["labels"]) // len(data.classes)  # --name does not tell it
         normalise = Normalisation(*(content[key].to(args.device) for key in ("mean", "scale")))
     else:
         normalise = Normalisation.fit(data.train[0], args.zca, args.device)
@@ -1075,10 +1081,10 @@ def command_eval(args: argparse.Namespace) -> None:
         if on == "distilled":
             return content["images"].to(args.device), content["labels"].to(args.device)
         if on == "full":
-            return normalise(data.train[0]), data.train[1].to(args.device)
+            return normalise.of(data.train)
         if on == "random":
             return real_images(data, normalise, args.ipc)
-        teacher = load(folder / "teachers/000.pt", shared, "run teachers with these", "thetas")
+        teacher = load(folder / "teachers/000.pt", TEACHER, shared, args.sizes)
         theta = teacher["thetas"][-1].to(args.device)  # after its last epoch
         choose = functools.partial(herding, build("convnet", data, args), theta, args.ipc)
         return real_images(data, normalise, args.ipc, choose)
@@ -1086,14 +1092,15 @@ def command_eval(args: argparse.Namespace) -> None:
     for arch in args.arch:  # whatever is wrong shows before hours of training
         build(arch, data, args)
     sets = {on: training_set(on) for on in args.on}
-    print(f"\n{data.name}, IPC {args.ipc}: test accuracy after the last epoch, mean ± std")
+    of = path if "distilled" in args.on else data.name
+    print(f"\n{of}, IPC {args.ipc}: test accuracy after the last epoch, mean ± std")
     print("trained on  network         accuracy  networks  epochs        lr  seconds")
     for on in args.on:
         sample = functools.partial(training_set if on == "random" else sets.get, on)  # drawn anew
         lr = args.lr or (content["alpha"] if on == "distilled" else args.lr_teacher)
         t = content["iteration"] if on == "distilled" else None
         for arch in args.arch:
-            evaluate(args, data, normalise, on, arch, sample, lr, path.parent, t, args.compile)
+            evaluate(args, data, normalise, on, arch, sample, lr, out, t, args.compile)
 
 
 @torch.no_grad()
@@ -1113,9 +1120,8 @@ def herding(net: nn.Sequential, theta: Tensor, ipc: int, x: Tensor) -> Tensor:
 def evaluate(args, data: Dataset, normalise, on, arch, sample, lr, out: Path, t, compile) -> None:
     """Trains args.nets new networks, each on what `sample()` returns, images and labels, and tests
     them. Prints a row, and writes one to out/results.jsonl. t: the iteration of the images."""
-    start = time.time()
+    start, test = time.time(), normalise.of(data.test)
     epochs = args.eval_epochs or (args.epochs if on == "full" else 1000)
-    x, y = normalise(data.test[0]), data.test[1].to(args.device)
     n, classes = len(sample()[0]), len(data.classes)
     net = build(arch, data, args)
     faster, record = accelerators(args.device, args.nets * epochs * n, compile)
@@ -1125,8 +1131,8 @@ def evaluate(args, data: Dataset, normalise, on, arch, sample, lr, out: Path, t,
     for k in progress(mine, desc=f"{arch} on {on}", unit="network", leave=False):
         seed_all(args.seed, "eval", on, arch, k)
         theta = flat_parameters(build(arch, data, args))
-        theta = train_network(ell, theta, *sample(), epochs, lr, args.batch_real)
-        matrices[k] = confusion_matrix(net, theta, x, y)
+        theta = train_network(ell, theta, *sample(), epochs, lr, args.batch_real, normalise)
+        matrices[k] = confusion_matrix(net, theta, *test, normalise)
     scores = [100 * m.trace().item() / m.sum().item() for m in sum_over_ranks(matrices)]
     mean, std = np.mean(scores), np.std(scores, ddof=1) if len(scores) > 1 else 0.0
     score, seconds = f"{mean:.1f} ± {std:.1f} %", time.time() - start
@@ -1145,12 +1151,12 @@ def command_plot(args: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
     out = args.folder
-    content = load(out / "distilled.pt", {})
+    content = load(out / "distilled.pt", COURSE, {}, {})
     results = (out / "results.jsonl").read_text() if (out / "results.jsonl").exists() else ""
     tests = [row for row in map(json.loads, results.splitlines()) if row["on"] == "distilled"]
-    columns = dict(zip(Run.COLUMNS.split(","), zip(*content["log"])))
-    curves = Figure((18, 4), layout="constrained")
-    axes = curves.subplots(1, 4)
+    columns = dict(zip(Run.COLUMNS.split(","), content["log"].T))
+    figure = Figure((18, 8), layout="constrained")
+    axes = figure.subplots(2, 3).flatten()
     for ax, prefix in zip(axes, ("loss", "alpha", "W_")):
         for key in [key for key in columns if key.startswith(prefix)]:
             ax.plot(columns["iteration"], columns[key], label=key)
@@ -1158,32 +1164,28 @@ def command_plot(args: argparse.Namespace) -> None:
         mine = {row["iteration"]: row for row in tests if row["arch"] == arch}  # the last of each
         points = [[mine[t][key] for t in sorted(mine)] for key in ("iteration", "mean", "std")]
         axes[3].errorbar(*points, marker="o", capsize=3, label=f"test accuracy of {arch}, %")
-    for ax in axes:
-        ax.set_xlabel("iteration")
+    axes[4].plot(content["mismatch"].abs(), linewidth=0.3, label="|student - teacher|")  # Fig. 1
+    axes[5].plot(content["W"], linewidth=0.3, label="W")  # Fig. 6, 7
+    for ax, label in zip(axes, 4 * ["iteration"] + 2 * ["parameter, from the first layer on"]):
+        ax.set_xlabel(label)
         ax.legend(*ax.get_legend_handles_labels())
-    curves.savefig(out / "plot_curves.png", dpi=130)
-    weights = Figure((18, 4), layout="constrained")  # Fig. 1, 6, 7
-    values = {"|student - teacher|": content["mismatch"].abs(), "W": content["W"]}
-    for ax, (title, value) in zip(weights.subplots(1, 2), values.items()):
-        ax.plot(value.cpu(), linewidth=0.3)
-        ax.set(title=title, xlabel="parameter, from the first layer to the last")
-    weights.savefig(out / "plot_weights.png", dpi=130)
+    figure.savefig(out / "plot.png", dpi=130)
     pictures = [Image.open(path) for path in sorted(out.glob("images_*.png"))]
     first, *others = [x.reduce(math.ceil(max(x.size) / 1100)).quantize(128) for x in pictures]
     first.save(out / "evolution.gif", save_all=True, append_images=others, duration=250, loop=0)
-    print(f"{out}/plot_curves.png, {out}/plot_weights.png, {out}/evolution.gif")
+    print(f"{out}/plot.png, {out}/evolution.gif")
 
 
 # --------------------------------------------------------------------------------------------------
 # 9. Command line
 
 
-def at_least(low: float, kind: type = float):
-    """An argparse type: a finite number, not below `low`."""
+def between(low: float, high: float, kind: type = float):
+    """An argparse type: a number from `low` to `high`."""
 
     def number(text):
-        if not low <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not {low:g} or more")
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
 
     return number
@@ -1204,14 +1206,15 @@ def make_parser() -> argparse.ArgumentParser:
         for name in names.split():
             commands[name].add_argument(*flags, **options)
 
-    whole, rate, above_zero = at_least(1, int), at_least(0), at_least(1e-12)
+    whole, side = between(1, 10**6, int), between(1, MAX_SIDE, int)
+    rate, above_zero = between(0, 1e30), between(1e-12, 1e30)
     teach, dist, both, data = "teachers", "distill", "distill eval", "teachers distill eval"
-    names = list(dict.fromkeys(row["dataset"] for row in table()))
+    names = list(dict.fromkeys(re.findall(r"^\w+(?= +\d)", PRESETS, re.M)))
     add(data, "--dataset", help=f"{', '.join(names)}, or a folder of {{train,test}}/*/* (cifar10)")
     add(data, "--data-dir", type=Path, default="data", help="folder of data and downloads (data)")
     add(data, "--runs", type=Path, default="runs", help="folder of all that is written (runs)")
     add(data, "--classes", nargs="+", default=[], help="those to use, of image files (all)")
-    add(data, "--size", type=whole, help="pixels a side of image files (covid 112, else theirs)")
+    add(data, "--size", type=side, help="pixels a side of image files (covid 112, else theirs)")
     add(data, "--preset", choices=names, help="another dataset's settings (own, or cifar10's)")
     add(data, "--ipc", type=whole, help="distilled images per class (1); for teachers: --epochs")
     add(data, "--zca", action=switch, help="whiten by ZCA, or normalise each channel (preset)")
@@ -1234,13 +1237,13 @@ def make_parser() -> argparse.ArgumentParser:
     add(dist, "--lr-img", type=rate, help="learning rate of the images (preset)")
     add(dist, "--lr-alpha", type=rate, help="learning rate of alpha (preset)")
     add(dist, "--alpha", type=above_zero, help="alpha_0, its first value (preset)")
-    add(dist, "--lr-w", type=rate, default=1e-4, help="learning rate of W (1e-4, Section 4.1)")
-    add(dist, "--epsilon", type=rate, default=0.1, help="ddpp: share that is dropped (0.1)")
+    add(dist, "--lr-w", type=rate, help="learning rate of W (1e-4, Section 4.1)")
+    add(dist, "--epsilon", type=between(0, 1), help="ddpp: share that is dropped (0.1)")
     add(dist, "--eval-every", type=whole, help="iterations between evaluations (none)")
     add("teachers distill", "--restart", action="store_true", help="anew; renames what is there")
-    add(both, "--method", choices=["iadd", "mtt", "ddpp"], default="iadd", help="(iadd)")
-    add(both, "--name", help="of a result's folder (ipc<IPC>_<method>_seed<seed>)")
-    add(both, "--nets", type=whole, default=5, help="networks to train (5)")
+    add(both, "--method", choices=["iadd", "mtt", "ddpp"], help="(iadd)")
+    add(both, "--name", help="of a result's folder (ipc<IPC>_<method>_seed<seed>; eval: seed0)")
+    add(both, "--nets", type=whole, help="networks to train (5)")
     add(both, "--eval-epochs", type=whole, help="epochs of each (1000; on full the preset's 50)")
     add(both, "--lr", type=above_zero, help="their learning rate (alpha; on real the teachers')")
     sets = ["distilled", "random", "herding", "full"]
@@ -1255,18 +1258,19 @@ def start_process(args: argparse.Namespace) -> None:
     """Chooses and tunes the device, and meets the other processes of torchrun. Raises UserError."""
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        launched = torch.distributed.is_torchelastic_launched()  # by torchrun
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=device).item()
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else 0)
+        torch.zeros(1, device=device, dtype=torch.float64).item()  # W is float64
     except Exception as error:  # whatever a missing backend raises
         raise UserError(f"no device {args.device}: {str(error).splitlines()[0]}") from None
     args.device = device
     tune(device)
     args.rank, args.ranks = 0, 1
-    if torch.distributed.is_torchelastic_launched():
+    if launched:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        patience = datetime.timedelta(days=1)  # until another's teacher is trained
-        torch.distributed.init_process_group(backend, timeout=patience)
+        day = datetime.timedelta(days=1)  # they wait for teachers of each other
+        torch.distributed.init_process_group(backend, timeout=day)
         args.rank, args.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     threads = f"{args.ranks} x {torch.get_num_threads()} CPU threads"
@@ -1274,10 +1278,8 @@ def start_process(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns 0, 2 for what the user can mend, or 128 + the signal's number."""
+    """The command line. Returns 0, 2 for what the user can mend, 130 for Ctrl-C."""
     args = make_parser().parse_args(argv)
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
     stderr = sys.stderr
     try:
         start_process(args)
@@ -1285,11 +1287,13 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (till the process ends)
         args.function(args)
         return 0
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         print("iadd.py: interrupted; the same command, less --restart, goes on", file=stderr)
-        return 128 + stop.args[0]
-    except (UserError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        print(f"iadd.py: error: {error}", file=stderr)
+        return 130
+    except (UserError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "allocate memory" not in str(error):
+            raise  # a bug
+        print(f"iadd.py: error: {error or 'out of memory'}", file=stderr)
         return 2
     finally:
         sys.stderr = stderr  # for a traceback
