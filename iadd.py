@@ -383,8 +383,7 @@ def train(ell, theta: Tensor, optimizer, x, y, epochs: int, batch: int, normalis
     normalise: makes network input of x[...]."""
     batch = min(batch, len(x))
     index = minibatches(len(x), batch, epochs * math.ceil(len(x) / batch)).to(x.device)
-    at_once = 4096 * 3 * 32 * 32 // x[0].numel()  # images: so many are augmented faster than few
-    for several in index.split(max(1, at_once // batch)):
+    for several in index.split(max(1, 3 * 2**22 // (batch * x[0].numel()))):  # 50 MB: faster
         for x_j, y_j in zip(augment(normalise(x[several])), y[several]):
             optimizer.zero_grad()
             ell(theta, x_j, y_j).backward()
@@ -468,8 +467,7 @@ class Normalisation:
         return z
 
     def of(self, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """x and y of data.train or data.test, on the device. x is whitened; without ZCA it stays
-        uint8, a quarter of the memory, as to normalise mini-batches then costs nothing."""
+        """Images and labels on the device, whitened; without ZCA as uint8, a quarter as large."""
         x, y = (tensor.to(self.mean.device) for tensor in part)
         return self(x) if self.zca else x, y
 
@@ -508,7 +506,6 @@ class UserError(Exception):
 # Epochs, T, width: the paper's (Sections 4.1, 4.2, 4.5; for covid T is assumed), the rest MTT's
 PAPER = {"epochs": 50, "lr_teacher": 0.01, "batch_real": 256, "iterations": 5000, "width": 128}
 PAPER |= {"method": "iadd", "lr_w": 1e-4, "epsilon": 0.1, "nets": 5}
-MAX_SIDE = 512  # pixels a side: more needs a smaller --size
 SMALL = {"epochs": 10, "lr_teacher": 0.02, "batch_real": 64, "iterations": 200, "width": 32}
 # MTT's, and ZCA where MTT has it; for covid nobody's: MTT's for images of 128 x 128; shapes: ours
 PRESETS = """
@@ -620,7 +617,7 @@ def read_image(path: Path, size: int | None, mode: str) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
                 raise ValueError(f"its pixels are of mode {image.mode}; 8-bit images are needed")
-            if max(image.size) > MAX_SIDE and not size:
+            if max(image.size) > 512 and not size:  # nor can --size be more
                 raise ValueError(f"it has {image.size} pixels; --size N makes all images N x N")
             image = ImageOps.exif_transpose(image).convert(mode)
             if size:
@@ -703,6 +700,7 @@ NORMALISATION = ", mean float32 C 1 1, scale float32 C 1 1"
 ZCA = ", mean float32 C H H, scale float32 D D"
 COURSE = "log float64 R 8, W float64 P, mismatch float32 P"
 TO_GO_ON = f"{RESULT}, {COURSE}, m_images float32 N C H H, m_alpha float32"
+LEAST = {"width": 1, "depth": 1, "alpha": 1e-12, "labels": 0, "thetas": -math.inf}
 
 
 def fingerprint(tensors) -> int:
@@ -712,37 +710,39 @@ def fingerprint(tensors) -> int:
 def save(content: dict, path: Path) -> None:
     """torch.save to another name, then renamed: `path` is the old file or the new, always whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    torch.save(content, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def check(found: dict, fields: str, sizes: dict) -> None:
+    """Raises ValueError, or whatever else it leads to, if a field of a file makes no sense."""
+    for field in fields.split(", "):
+        name, kind, *letters = field.split()
+        x = found[name] if letters else torch.as_tensor(found[name])
+        lengths = [sizes.setdefault(letter, n) for letter, n in zip(letters, x.shape, strict=True)]
+        fine = x.dtype == getattr(torch, kind) and lengths == [*x.shape] and x.isfinite().all()
+        if not fine or (name in LEAST and x.min() < LEAST[name]):
+            raise ValueError(f"no {field!r} with {sizes}")
 
 
 def load(path: Path, fields: str, wanted: dict, sizes: dict, remedy="make it anew") -> dict:
-    """What `save` wrote. Raises UserError if it is damaged, if fields (with these sizes, such as
-    {"P": 320010}), make no sense, or if it has not the settings wanted."""
+    """What `save` wrote. Raises UserError if it is damaged, or lacks fields (with these sizes, such
+    as {"P": 320010}) or the settings wanted."""
     try:
         code = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with zipfile.ZipFile(path) as records:  # as which torch saves, with a CRC for each record
             if code or records.testzip():
                 raise ValueError(f"it would run {code}" if code else "wrong CRC")
         content = torch.load(path, map_location="cpu", mmap=fields == TEACHER, weights_only=True)
-        settings, sizes = {**content, **content["settings"]}, {"1": 1, "8": 8, **sizes}
-        wrong = [
-            f"{k} {settings.get(k)}, not {v}" for k, v in wanted.items() if settings.get(k) != v
-        ]
-        found = {**content, **{key: settings[key] for key in ("zca", "width", "depth")}}
-        in_range = [found["width"] > 0, found["depth"] > 0, len(found.get("thetas", "-")) > 0]
+        found = content["settings"]
+        check(found, "zca bool, width int64, depth int64", {})
+        wrong = [f"{k} {found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v]
         if fields.startswith(RESULT):
             fields += ZCA if found["zca"] else NORMALISATION
-            y = found["labels"]
-            in_range += [found["alpha"] > 0, y.min() >= 0, y.max() < len(found["classes"])]
-        for field in f"zca bool, width int64, depth int64, {fields}".split(", "):
-            key, kind, *letters = field.split()
-            x = torch.as_tensor(found[key])
-            lengths = [sizes.setdefault(a, n) for a, n in zip(letters, x.shape, strict=True)]
-            fine = x.dtype == getattr(torch, kind) and x.isfinite().all() and lengths == [*x.shape]
-            if not wrong and not (fine and all(in_range) and (x is found[key] or not letters)):
-                raise ValueError(f"not {field} with {sizes}, or a number out of range")
+            if content["labels"].max() >= len(content["classes"]):
+                raise ValueError("a label of no class")
+        if not wrong:
+            check(content, fields, {"1": 1, "8": 8, **sizes})
     except Exception as error:  # torch raises half a dozen types for a damaged file
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path} is missing, damaged or not iadd.py's: {remedy} ({why})") from None
@@ -753,8 +753,8 @@ def load(path: Path, fields: str, wanted: dict, sizes: dict, remedy="make it ane
 
 def claim(folder: Path, args: argparse.Namespace):
     """The lock of a folder, for `with`. --restart: what is there becomes folder.old-<time>."""
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.{args.rank}.lock"))
-    held = lock.acquire(timeout=0)
+    lock = f"{folder.parent}/.{folder.name}.{args.rank}.lock"
+    held = filelock.FileLock(lock).acquire(timeout=0)
     if args.restart and args.rank == 0 and folder.exists():
         folder.rename(f"{folder}.old-{datetime.datetime.now():%Y%m%d-%H%M%S.%f}")
     sum_over_ranks(torch.zeros(1))  # the others wait
@@ -764,15 +764,14 @@ def claim(folder: Path, args: argparse.Namespace):
 def recorded(function):
     """`function` on a GPU as a CUDA graph: its kernels are replayed, which Python launches slower
     than they run. Shapes must not change; the next call overwrites a result."""
-    replay = None
+    graph = []
 
     def call(*inputs):
-        nonlocal replay
-        if replay is None:
+        if not graph:
             examples = tuple(i.detach().clone().requires_grad_(i.requires_grad) for i in inputs)
             gc.collect()  # an old graph that Python frees only while this is recorded spoils it
-            replay = torch.cuda.make_graphed_callables(function, examples)
-        return replay(*inputs)
+            graph.append(torch.cuda.make_graphed_callables(function, examples))
+        return graph[0](*inputs)
 
     return call
 
@@ -958,20 +957,16 @@ class Run:
         path = out / "distilled.pt"
         if path.exists() and not args.restart:
             sizes = {**args.sizes, "N": args.ipc * len(data.classes)}
-            wanted = {**settings, "classes": data.classes}
-            good = load(
-                path, TO_GO_ON, wanted, sizes, "--restart begins anew, --name NAME keeps both"
-            )
+            remedy = "--restart begins anew, --name NAME keeps both"
+            good = load(path, TO_GO_ON, settings, sizes, remedy)
         else:
             seed_all(args.seed, "distill")
-            normalise = Normalisation.fit(data.train[0], args.zca, args.device)
-            images, labels = real_images(data, normalise, args.ipc)
-            good = {"images": images, "labels": labels, "alpha": args.alpha, "iteration": 0}
-            good |= {"mean": normalise.mean, "scale": normalise.scale, "classes": data.classes}
-            good |= {"settings": settings}
-        names = ("images", "labels", "mean", "scale")
-        images, labels, *norm = (good[name].to(args.device) for name in names)
-        self.normalise = Normalisation(*norm)
+            norm = Normalisation.fit(data.train[0], args.zca, args.device)
+            images, labels = real_images(data, norm, args.ipc)
+            good = {"settings": settings, "classes": data.classes, "labels": labels, "iteration": 0}
+            good |= {"images": images, "mean": norm.mean, "scale": norm.scale, "alpha": args.alpha}
+        images, labels = good["images"].to(args.device), good["labels"].to(args.device)
+        self.normalise = Normalisation(good["mean"].to(args.device), good["scale"].to(args.device))
         rates = (args.lr_img, args.lr_alpha, args.lr_w)
         self.d = Distillation(images, labels, good["alpha"], teachers[0].shape[1], *rates)
         self.good, self.log, self.losses = good, [], []  # losses: since the last row of the log
@@ -1070,8 +1065,9 @@ def command_eval(args: argparse.Namespace) -> None:
     out = folder / args.name
     path = args.distilled or out / "distilled.pt"
     if "distilled" in args.on:
-        wanted = {"classes": data.classes, **({} if args.distilled else shared)}
-        content = load(path, RESULT, wanted, args.sizes)
+        content = load(path, RESULT, {} if args.distilled else shared, args.sizes)
+        if content["classes"] != data.classes:
+            raise UserError(f"{path} is of the classes {content['classes']}, {data.name} of others")
         args.ipc = len(content["labels"]) // len(data.classes)  # --name does not tell it
         normalise = Normalisation(*(content[key].to(args.device) for key in ("mean", "scale")))
     else:
@@ -1206,7 +1202,7 @@ def make_parser() -> argparse.ArgumentParser:
         for name in names.split():
             commands[name].add_argument(*flags, **options)
 
-    whole, side = between(1, 10**6, int), between(1, MAX_SIDE, int)
+    whole, side = between(1, 10**6, int), between(1, 512, int)
     rate, above_zero = between(0, 1e30), between(1e-12, 1e30)
     teach, dist, both, data = "teachers", "distill", "distill eval", "teachers distill eval"
     names = list(dict.fromkeys(re.findall(r"^\w+(?= +\d)", PRESETS, re.M)))

@@ -2068,7 +2068,8 @@ def test_crafted_results_are_refused(run, tmp_path, capsys, key):
     lacking = {name: value for name, value in good.items() if name != key}
     for content in (lacking, *({**good, key: change(good[key])} for change in CRAFTED[key])):
         iadd.save(content, path)
-        assert "distilled.pt" in refused(capsys, distil)
+        if content.get("classes") != ["x", "y", "z"]:  # which only eval compares with the data's
+            assert "distilled.pt" in refused(capsys, distil)
         if key in iadd.RESULT + iadd.NORMALISATION + "classes settings":
             assert "distilled.pt" in refused(capsys, "eval --distilled", path, options)
         if key in iadd.COURSE:
