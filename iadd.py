@@ -181,7 +181,7 @@ class Distillation:
         self.optimizer = torch.optim.SGD(learned)
         self.m_alpha, self.m_images = torch.zeros_like(self.alpha), torch.zeros_like(self.images)
         for p, momentum in ((self.alpha, self.m_alpha), (self.images, self.m_images)):
-            self.optimizer.state[p]["momentum_buffer"] = momentum  # which it changes in place
+            self.optimizer.state[p]["momentum_buffer"] = momentum  # by name, for the checkpoints
         self.mismatch = images.new_zeros(P)  # theta - theta_target of the last student, to plot
 
 
@@ -379,11 +379,11 @@ def minibatches(n: int, batch: int, J: int) -> Tensor:
 
 
 def train(ell, theta: Tensor, optimizer, x, y, epochs: int, batch: int, normalise) -> None:
-    """Passes over x (N, C, H, W), y (N,) in mini-batches with DSA. Updates theta (P,) in place.
-    normalise: makes network input of x[...]."""
+    """Passes over x (N, C, H, W), y (N,) in mini-batches with DSA. Updates theta (P,) in place. x:
+    uint8, to be normalised, or network input already, which normalise(x) does not change."""
     batch = min(batch, len(x))
     index = minibatches(len(x), batch, epochs * math.ceil(len(x) / batch)).to(x.device)
-    for several in index.split(max(1, 3 * 2**22 // (batch * x[0].numel()))):  # 50 MB: faster
+    for several in index.split(max(1, 3 * 2**22 // (batch * x[0].numel()))):  # 50 MB
         for x_j, y_j in zip(augment(normalise(x[several])), y[several]):
             optimizer.zero_grad()
             ell(theta, x_j, y_j).backward()
@@ -404,8 +404,7 @@ def train_teacher(ell, theta: Tensor, x, y, epochs, seed: tuple, lr: float, batc
 
 def train_network(ell, theta: Tensor, x, y, epochs, lr: float, batch: int, normalise) -> Tensor:
     """A network of the evaluation, trained from theta (P,) on. The paper is silent; nearly as MTT:
-    SGD with momentum .9, weight decay 5e-4, DSA, a tenth of the learning rate in the second half.
-    (MTT: 1,001 epochs, momentum begun anew after 502, the last mini-batch of a pass short.)"""
+    SGD with momentum .9, weight decay 5e-4, DSA, a tenth of the rate in the second half."""
     theta = theta.to(x.device, copy=True).requires_grad_()
     optimizer = torch.optim.SGD([theta], lr, momentum=0.9, weight_decay=5e-4)
     train(ell, theta, optimizer, x, y, epochs - epochs // 2, batch, normalise)
@@ -440,10 +439,10 @@ class Normalisation:
 
     @classmethod
     def fit(cls, images: Tensor, zca: bool, device="cpu", eps: float = 0.1) -> "Normalisation":
-        """images: uint8 (N, C, H, W). eps: MTT's. Raises UserError if M would be too large."""
+        """images: uint8 (N, C, H, W). eps: as MTT. Raises UserError if M would be too large."""
         if zca and images[0].numel() > 20000:
             raise UserError("the images are too large for ZCA: use --no-zca, or a smaller --size")
-        parts = images.to(device).split(1000)  # to make floats of: of all at once they fill memory
+        parts = images.to(device).split(1000)  # floats of all at once would fill the memory
         mean = sum(part.sum(0) for part in parts).double() / len(images) / 255  # (C, H, W)
         if not zca:
             mean = mean.mean((1, 2), keepdim=True)
@@ -457,7 +456,7 @@ class Normalisation:
         return cls(mean.float(), M.float())
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (..., C, H, W) -> network input, float32 of that shape; which stays as it is."""
+        """uint8 (..., C, H, W) -> network input, float32; floats are that already and stay."""
         if images.is_floating_point():
             return images
         z = torch.empty(images.shape, device=self.mean.device)
@@ -466,10 +465,10 @@ class Normalisation:
             out.copy_((x.flatten(-3) @ self.scale).view_as(x) if self.zca else x * self.scale)
         return z
 
-    def of(self, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def prepare(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Images and labels on the device, whitened; without ZCA as uint8, a quarter as large."""
-        x, y = (tensor.to(self.mean.device) for tensor in part)
-        return self(x) if self.zca else x, y
+        x, y = (tensor.to(self.mean.device) for tensor in pair)
+        return (self(x) if self.zca else x), y
 
     def inverse(self, z: Tensor) -> Tensor:
         """Network input (N, C, H, W) -> pixels on the scale 0 to 1, not clamped."""
@@ -503,11 +502,11 @@ class UserError(Exception):
 
 # --------------------------------------------------------------------------------------------------
 # 6. Settings (default < preset < what the user typed) and datasets
-# Epochs, T, width: the paper's (Sections 4.1, 4.2, 4.5; for covid T is assumed), the rest MTT's
-PAPER = {"epochs": 50, "lr_teacher": 0.01, "batch_real": 256, "iterations": 5000, "width": 128}
-PAPER |= {"method": "iadd", "lr_w": 1e-4, "epsilon": 0.1, "nets": 5}
+# The paper's (Sections 4.1, 4.2, 4.5; covid's T is assumed), but lr_teacher, batch_real: MTT's
+DEFAULTS = {"epochs": 50, "lr_teacher": 0.01, "batch_real": 256, "iterations": 5000, "width": 128}
+DEFAULTS |= {"method": "iadd", "lr_w": 1e-4, "epsilon": 0.1, "nets": 5}
 SMALL = {"epochs": 10, "lr_teacher": 0.02, "batch_real": 64, "iterations": 200, "width": 32}
-# MTT's, and ZCA where MTT has it; for covid nobody's: MTT's for images of 128 x 128; shapes: ours
+# MTT's, and ZCA where MTT has it; covid: MTT's for images of 128 x 128; shapes: ours
 PRESETS = """
 dataset       ipc teachers steps expert_epochs max_start_epoch lr_img lr_alpha alpha batch   zca
 cifar10         1      200    50             2               2    100     1e-7   .01  None  True
@@ -527,9 +526,9 @@ def preset(name: str, ipc: int) -> dict:
     """Settings of a dataset (of a folder cifar10's) for the next smaller IPC, or the smallest."""
     header, *lines = [line.split() for line in PRESETS.strip().splitlines()]
     table = [dict(zip(header, [line[0], *map(ast.literal_eval, line[1:])])) for line in lines]
-    rows = [row for row in table if row["dataset"] == name] or table[:3]
+    rows = [row for row in table if row["dataset"] == name] or table[:3]  # CIFAR-10's
     up_to_ipc = [row for row in rows if row["ipc"] <= ipc] or rows[:1]
-    return {**PAPER, **(SMALL if name == "shapes" else {}), **up_to_ipc[-1]}
+    return {**DEFAULTS, **(SMALL if name == "shapes" else {}), **up_to_ipc[-1]}
 
 
 @dataclass
@@ -552,14 +551,14 @@ def load_dataset(name: str, data_dir: Path, size=None, only=()) -> Dataset:
         return read_dataset(name, *list_tiny_imagenet(data_dir), size, only)
     if name == "covid":
         return read_dataset(name, *list_covid(data_dir, only), size or 112, only, "L")
-    if Path(name).is_dir():
-        train, test = (image_files(Path(name) / part) for part in ("train", "test"))
-        return read_dataset(Path(name).resolve().name, train, test, size, only)
-    if name not in ("cifar10", "cifar100", "shapes"):
+    if name in ("cifar10", "cifar100", "shapes"):
+        if size or only:
+            raise UserError(f"--size and --classes are for datasets of image files, not for {name}")
+        return make_shapes() if name == "shapes" else load_cifar(name, data_dir)
+    if not Path(name).is_dir():
         raise UserError(f"unknown dataset {name!r}: neither one of those in --help, nor a folder")
-    if size or only:
-        raise UserError(f"--size and --classes are for datasets of image files, not for {name}")
-    return make_shapes() if name == "shapes" else load_cifar(name, data_dir)
+    train, test = (image_files(Path(name) / part) for part in ("train", "test"))
+    return read_dataset(Path(name).resolve().name, train, test, size, only)
 
 
 def load_cifar(name: str, data_dir: Path) -> Dataset:
@@ -575,7 +574,7 @@ def load_cifar(name: str, data_dir: Path) -> Dataset:
 
 
 def image_files(root: Path) -> dict[str, list[Path]]:
-    """Those in each folder of root, or in the folder "images" there; nothing hidden."""
+    """{class: files}: those in each folder of root, or in its folder "images"; nothing hidden."""
     kinds, found = torchvision.datasets.folder.IMG_EXTENSIONS, {}
     for folder in sorted(path for path in root.glob("[!.]*") if path.is_dir()):
         inner = folder / "images" if (folder / "images").is_dir() else folder
@@ -584,12 +583,12 @@ def image_files(root: Path) -> dict[str, list[Path]]:
 
 
 def list_tiny_imagenet(root: Path):
-    """{class: files} of Tiny ImageNet's [80] training and validation images, which are the test."""
+    """{class: files} to train on, of Tiny ImageNet [80], and to test on: its validation images."""
     if not (root / "words.txt").exists():
         raise UserError(f"--data-dir {root} is not the folder tiny-imagenet-200, see README")
     files = (root / "words.txt", root / "val/val_annotations.txt")
     lines = [re.findall("^(.+?)\t(.+?)(?:[,\t]|$)", f.read_text("latin-1"), re.M) for f in files]
-    names, labels = map(dict, lines)  # of each folder, up to a comma; of each validation image
+    names, labels = map(dict, lines)  # {folder: name up to a comma}, {validation image: folder}
     train = {names.get(key, key): images for key, images in image_files(root / "train").items()}
     test = {}
     for file, key in labels.items():
@@ -598,8 +597,7 @@ def list_tiny_imagenet(root: Path):
 
 
 def list_covid(root: Path, only=()):
-    """{class: files} of the COVID-19 Radiography Database [81] without its masks, split 8:2 in each
-    class by their names alone (Section 4.1): 16,933 images to train and 4,232 to test."""
+    """{class: files} to train and to test on, of COVID-19 Radiography [81]: 8:2, Section 4.1."""
     train, test, found = {}, {}, image_files(root)
     for name in only or ["COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"]:
         if name not in found:
@@ -638,7 +636,7 @@ def read_dataset(name: str, train: dict, test: dict, size, only, mode: str = "RG
     labels = [k for part in parts for k, c in enumerate(classes) for _ in part[c]]
     reading = ThreadPoolExecutor().map(lambda file: read_image(file, size, mode), files)
     arrays = list(progress(reading, desc=f"reading {name}", total=len(files)))
-    side = np.bincount([array.shape[1] for array in arrays]).argmax()  # of most
+    side = int(np.bincount([array.shape[1] for array in arrays]).argmax())  # of most
     for file, array in zip(files, arrays):
         if array.shape[1:] != (side, side):
             raise UserError(f"{file} has {array.shape[1:]} pixels, not {side, side}; see --size")
@@ -663,7 +661,7 @@ SHAPES = {  # positive inside the figure; (u, v) are its own coordinates, its ra
 
 
 def make_shapes(train: int = 200, test: int = 50, seed: int = 0) -> Dataset:
-    """Ten classes of drawn figures: no pixel and no colour tells the class of one."""
+    """Ten classes of drawn figures: no single pixel and no colour gives the class away."""
     rng = np.random.default_rng(seed)
     grid = np.linspace(-1, 1, 32)
 
@@ -689,18 +687,18 @@ def make_shapes(train: int = 200, test: int = 50, seed: int = 0) -> Dataset:
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Files (written whole or not at all, read as data and never as code), speed, processes
+# 7. Files (*.pt are written whole or not at all, and read as data, not code), speed, processes
 
-CHECKPOINT_SECONDS = 60  # what a kill costs at most
+CHECKPOINT_SECONDS = 60  # at least, from one to the next
 progress = functools.partial(tqdm, mininterval=0.2 if sys.stderr.isatty() else 30)
-# What files hold, by type and shape: everywhere the same letter is the same length, D is C H H
+# What files hold: names, types, lengths. A letter is one length throughout; no length: a number
 TEACHER = "thetas float32 E P"
 RESULT = "images float32 N C H H, labels int64 N, alpha float32, iteration int64"
-NORMALISATION = ", mean float32 C 1 1, scale float32 C 1 1"
-ZCA = ", mean float32 C H H, scale float32 D D"
-COURSE = "log float64 R 8, W float64 P, mismatch float32 P"
-TO_GO_ON = f"{RESULT}, {COURSE}, m_images float32 N C H H, m_alpha float32"
-LEAST = {"width": 1, "depth": 1, "alpha": 1e-12, "labels": 0, "thetas": -math.inf}
+CHANNELS = ", mean float32 C 1 1, scale float32 C 1 1"
+ZCA = ", mean float32 C H H, scale float32 D D"  # D = C H H
+HISTORY = "log float64 R 8, W float64 P, mismatch float32 P"
+TO_RESUME = f"{RESULT}, {HISTORY}, m_images float32 N C H H, m_alpha float32"
+SMALLEST = {"width": 1, "depth": 1, "alpha": 1e-12, "labels": 0, "thetas": -math.inf}
 
 
 def fingerprint(tensors) -> int:
@@ -715,33 +713,33 @@ def save(content: dict, path: Path) -> None:
 
 
 def check(found: dict, fields: str, sizes: dict) -> None:
-    """Raises ValueError, or whatever else it leads to, if a field of a file makes no sense."""
+    """Raises an exception if fields lack, do not fit or are not finite. sizes: what letters are
+    known to be, such as {"P": 320010}; gets the others."""
     for field in fields.split(", "):
         name, kind, *letters = field.split()
         x = found[name] if letters else torch.as_tensor(found[name])
         lengths = [sizes.setdefault(letter, n) for letter, n in zip(letters, x.shape, strict=True)]
         fine = x.dtype == getattr(torch, kind) and lengths == [*x.shape] and x.isfinite().all()
-        if not fine or (name in LEAST and x.min() < LEAST[name]):
+        if not fine or (name in SMALLEST and x.min() < SMALLEST[name]):  # nor can it be empty then
             raise ValueError(f"no {field!r} with {sizes}")
 
 
 def load(path: Path, fields: str, wanted: dict, sizes: dict, remedy="make it anew") -> dict:
-    """What `save` wrote. Raises UserError if it is damaged, or lacks fields (with these sizes, such
-    as {"P": 320010}) or the settings wanted."""
+    """What `save` wrote. Raises UserError if it is damaged, or lacks fields or settings wanted."""
     try:
         code = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with zipfile.ZipFile(path) as records:  # as which torch saves, with a CRC for each record
             if code or records.testzip():
                 raise ValueError(f"it would run {code}" if code else "wrong CRC")
         content = torch.load(path, map_location="cpu", mmap=fields == TEACHER, weights_only=True)
-        found = content["settings"]
-        check(found, "zca bool, width int64, depth int64", {})
-        wrong = [f"{k} {found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v]
+        given = content["settings"]
+        check(given, "zca bool, width int64, depth int64", {})
+        wrong = [f"{k} {given.get(k)}, not {v}" for k, v in wanted.items() if given.get(k) != v]
         if fields.startswith(RESULT):
-            fields += ZCA if found["zca"] else NORMALISATION
+            fields += ZCA if given["zca"] else CHANNELS
             if content["labels"].max() >= len(content["classes"]):
                 raise ValueError("a label of no class")
-        if not wrong:
+        if not wrong:  # else it has other sizes, too
             check(content, fields, {"1": 1, "8": 8, **sizes})
     except Exception as error:  # torch raises half a dozen types for a damaged file
         why = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -779,17 +777,16 @@ def recorded(function):
 def accelerators(device: torch.device, images: int, wanted: bool | None) -> tuple:
     """Two transformations of functions: torch.compile, and `recorded`. wanted: --compile,
     --no-compile, or None to compile if `images` in all steps are enough to make up for it."""
-    unchanged = nn.Identity()
-    record = recorded if device.type == "cuda" and wanted is not False else unchanged
+    record = recorded if device.type == "cuda" and wanted is not False else nn.Identity()
     many = 3_000_000 if device.type == "cuda" else 120_000
     if wanted is False or (wanted is None and images < many):
-        return unchanged, record
+        return nn.Identity(), record
     try:
         torch.compiler.reset()  # a process may compile one function for eight networks only
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except Exception as error:  # no C++ compiler, no Triton, an unsupported Python, ...
         print(f"going on without torch.compile ({type(error).__name__})", file=sys.stderr)
-        return unchanged, record
+        return nn.Identity(), record
     print("compiling first, for up to a minute (--no-compile does without)", file=sys.stderr)
     return functools.partial(torch.compile, dynamic=False), record
 
@@ -802,8 +799,8 @@ def tune(device: torch.device) -> None:
         torch.cuda.set_device(device)  # CUDA graphs are recorded on the current one
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another system, another malloc
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD
+        for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, and
+            mallopt(option, value)  # M_ARENA_MAX: what one thread frees is there for all
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -830,12 +827,13 @@ def pick(args: argparse.Namespace, names: str) -> dict:
 
 def prepare(args: argparse.Namespace) -> tuple[Dataset, dict, Path]:
     """Fills in what was not typed. Returns data, settings of teachers and results, their folder."""
-    idle = {}  # what has no effect with the other options
+    idle = {}  # {option: whether the others leave it without effect}
     if args.command == "distill":
         idle = {"lr_w": args.method not in (None, "iadd"), "epsilon": args.method != "ddpp"}
         idle |= dict.fromkeys(("nets", "eval_epochs", "lr"), not args.eval_every)
     elif args.command == "eval":
         idle = {"ipc": args.distilled, "method": args.distilled or args.name}
+        idle |= {"distilled": "distilled" not in args.on}
     for key, is_idle in idle.items():
         if is_idle and getattr(args, key) is not None:
             raise UserError(f"with the other options --{key.replace('_', '-')} has no effect")
@@ -892,7 +890,7 @@ def command_teachers(args: argparse.Namespace) -> None:
 def train_teachers(args, data: Dataset, settings: dict, paths: list[Path], found: dict) -> None:
     """Trains the teachers at `paths` to the end, from what was found of them. Raises UserError."""
     normalise = Normalisation.fit(data.train[0], args.zca, args.device)
-    (x, y), test = normalise.of(data.train), normalise.of(data.test)
+    (x, y), test = normalise.prepare(data.train), normalise.prepare(data.test)
     net = build("convnet", data, args)
     faster, record = accelerators(args.device, args.teachers * args.epochs * len(x), args.compile)
     ell = record(faster(cross_entropy(net)))
@@ -958,7 +956,7 @@ class Run:
         if path.exists() and not args.restart:
             sizes = {**args.sizes, "N": args.ipc * len(data.classes)}
             remedy = "--restart begins anew, --name NAME keeps both"
-            good = load(path, TO_GO_ON, settings, sizes, remedy)
+            good = load(path, TO_RESUME, settings, sizes, remedy)
         else:
             seed_all(args.seed, "distill")
             norm = Normalisation.fit(data.train[0], args.zca, args.device)
@@ -976,7 +974,7 @@ class Run:
             self.d.t, self.log = good["iteration"], good["log"].tolist()
 
     def to_the_end(self) -> None:
-        """Algorithm 1."""
+        """Algorithm 1, from iteration d.t to T. Saves, also if interrupted."""
         args, d = self.args, self.d
         images = 4 * args.iterations * args.segments * args.steps * args.batch  # 4: and back again
         faster, record = accelerators(args.device, images, args.compile)
@@ -987,18 +985,18 @@ class Run:
         names = "steps expert_epochs max_start_epoch batch segments method epsilon seed"
         m = Matching(*pick(args, names).values())  # in the order of its fields
         mine = range(args.rank, args.segments, args.ranks)
-        self.saved = time.time()
         self.keep()
+        self.save()
         if d.t == 0:
             self.draw()
         try:
             with progress(total=args.iterations, initial=d.t, unit="it") as self.bar:
                 distil(d, student, self.teachers, m, args.iterations, mine, self.after_iteration)
-        finally:  # also if interrupted
+        finally:
             self.save()
 
     def after_iteration(self, loss: Tensor) -> None:
-        """Every tenth time: logs, tests, draws and saves. (To look at a number waits for a GPU.)"""
+        """Every tenth time, logs, draws, saves. (To look at a number is to wait for a GPU.)"""
         args, d, last = self.args, self.d, self.d.t == self.args.iterations
         self.losses.append(sum_over_ranks(loss))
         self.bar.update()
@@ -1023,7 +1021,7 @@ class Run:
         """A row of log.csv. Its loss is the mean since the row before."""
         d = self.d
         loss, alpha = float(sum(self.losses) / len(self.losses)), d.alpha.item()
-        spread = d.W.detach().quantile(d.W.new_tensor([0, 0.01, 0.5])).tolist()
+        spread = d.W.detach().sort().values[[0, len(d.W) // 100, len(d.W) // 2]].tolist()
         self.log.append([d.t, time.time(), loss, alpha, *spread, d.W.mean().item()])
         self.losses = []
         self.bar.set_postfix_str(f"loss {loss:.4g} alpha {alpha:.4g}", refresh=False)
@@ -1041,7 +1039,6 @@ class Run:
     def draw(self) -> None:
         """The images as a person sees them, `ipc` in a row (Fig. 4, 5, 8)."""
         if self.args.rank == 0:
-            self.out.mkdir(exist_ok=True)
             pixels = self.normalise.inverse(self.d.images.detach()).clamp(0, 1)
             pixels = F.interpolate(pixels, scale_factor=math.ceil(96 / self.data.shape[1]))
             path = self.out / f"images_{self.d.t:05d}.png"
@@ -1058,8 +1055,9 @@ def command_eval(args: argparse.Namespace) -> None:
     """Train fresh networks on the distilled images and test them on real ones (Section 4.1)."""
     if args.distilled:  # a file from elsewhere brings its own settings
         settings = load(args.distilled, RESULT, {}, {})["settings"]
-        names = ("dataset", "zca", "width", "depth")
-        vars(args).update({x: settings[x] for x in names if getattr(args, x) is None})
+        args.dataset = args.dataset or str(settings.get("dataset"))
+        for key in [key for key in ("zca", "width", "depth") if getattr(args, key) is None]:
+            setattr(args, key, settings[key])
         args.name = args.name or args.distilled.stem
     data, shared, folder = prepare(args)
     out = folder / args.name
@@ -1077,7 +1075,7 @@ def command_eval(args: argparse.Namespace) -> None:
         if on == "distilled":
             return content["images"].to(args.device), content["labels"].to(args.device)
         if on == "full":
-            return normalise.of(data.train)
+            return normalise.prepare(data.train)
         if on == "random":
             return real_images(data, normalise, args.ipc)
         teacher = load(folder / "teachers/000.pt", TEACHER, shared, args.sizes)
@@ -1092,7 +1090,7 @@ def command_eval(args: argparse.Namespace) -> None:
     print(f"\n{of}, IPC {args.ipc}: test accuracy after the last epoch, mean ± std")
     print("trained on  network         accuracy  networks  epochs        lr  seconds")
     for on in args.on:
-        sample = functools.partial(training_set if on == "random" else sets.get, on)  # drawn anew
+        sample = functools.partial(training_set if on == "random" else sets.get, on)  # random: anew
         lr = args.lr or (content["alpha"] if on == "distilled" else args.lr_teacher)
         t = content["iteration"] if on == "distilled" else None
         for arch in args.arch:
@@ -1114,9 +1112,8 @@ def herding(net: nn.Sequential, theta: Tensor, ipc: int, x: Tensor) -> Tensor:
 
 
 def evaluate(args, data: Dataset, normalise, on, arch, sample, lr, out: Path, t, compile) -> None:
-    """Trains args.nets new networks, each on what `sample()` returns, images and labels, and tests
-    them. Prints a row, and writes one to out/results.jsonl. t: the iteration of the images."""
-    start, test = time.time(), normalise.of(data.test)
+    """Trains new networks on what `sample()` returns, tests them, prints and writes a row."""
+    start, test = time.time(), normalise.prepare(data.test)
     epochs = args.eval_epochs or (args.epochs if on == "full" else 1000)
     n, classes = len(sample()[0]), len(data.classes)
     net = build(arch, data, args)
@@ -1147,7 +1144,7 @@ def command_plot(args: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
     out = args.folder
-    content = load(out / "distilled.pt", COURSE, {}, {})
+    content = load(out / "distilled.pt", HISTORY, {}, {})
     results = (out / "results.jsonl").read_text() if (out / "results.jsonl").exists() else ""
     tests = [row for row in map(json.loads, results.splitlines()) if row["on"] == "distilled"]
     columns = dict(zip(Run.COLUMNS.split(","), content["log"].T))
@@ -1167,6 +1164,8 @@ def command_plot(args: argparse.Namespace) -> None:
         ax.legend(*ax.get_legend_handles_labels())
     figure.savefig(out / "plot.png", dpi=130)
     pictures = [Image.open(path) for path in sorted(out.glob("images_*.png"))]
+    if not pictures:
+        raise UserError(f"{out} has no images_*.png to make evolution.gif of")
     first, *others = [x.reduce(math.ceil(max(x.size) / 1100)).quantize(128) for x in pictures]
     first.save(out / "evolution.gif", save_all=True, append_images=others, duration=250, loop=0)
     print(f"{out}/plot.png, {out}/evolution.gif")
@@ -1259,7 +1258,7 @@ def start_process(args: argparse.Namespace) -> None:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else 0)
         torch.zeros(1, device=device, dtype=torch.float64).item()  # W is float64
     except Exception as error:  # whatever a missing backend raises
-        raise UserError(f"no device {args.device}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     args.device = device
     tune(device)
     args.rank, args.ranks = 0, 1

@@ -534,7 +534,7 @@ def test_channels_are_normalised_with_each_mini_batch():
     images, y = correlated_images(40), torch.arange(40) % 3
     net = iadd.convnet((3, 4, 4), 3, width=4, depth=2)
     normalise = Normalisation.fit(images, zca=False)
-    x, _ = normalise.of((images, y))
+    x, _ = normalise.prepare((images, y))
     assert x.dtype == torch.uint8
     thetas = []
     for x_i, normalise_i in ((x, normalise), (normalise(x), unchanged)):
@@ -544,7 +544,7 @@ def test_channels_are_normalised_with_each_mini_batch():
     assert torch.equal(*thetas)
     matrices = [iadd.confusion_matrix(net, thetas[0], z, y, normalise) for z in (x, normalise(x))]
     assert torch.equal(*matrices)
-    white, _ = Normalisation.fit(images, zca=True).of((images, y))
+    white, _ = Normalisation.fit(images, zca=True).prepare((images, y))
     assert white.dtype == torch.float32  # once for all, as each time would take longer
 
 
@@ -554,7 +554,7 @@ def memory_of_training(n):
     images[::2] = 200
     before = peak_memory(torch.device("cpu"))
     normalise = Normalisation.fit(images, zca=False)
-    x, y = normalise.of((images, y))
+    x, y = normalise.prepare((images, y))
     net = iadd.convnet((3, 64, 64), 3, width=1, depth=6)
     iadd.train_network(iadd.cross_entropy(net), flat_parameters(net), x, y, 1, 0.1, 64, normalise)
     iadd.confusion_matrix(net, flat_parameters(net), x, y, normalise)
@@ -997,7 +997,7 @@ def refused(capsys, *parts):
 
 
 def result(folder):
-    return iadd.load(folder / "distilled.pt", iadd.TO_GO_ON, {}, {})
+    return iadd.load(folder / "distilled.pt", iadd.TO_RESUME, {}, {})
 
 
 def thetas(path):
@@ -1895,7 +1895,7 @@ def test_a_device_without_float64(monkeypatch, capsys):
         return zeros(*shape, dtype=dtype, **how)
 
     monkeypatch.setattr(torch, "zeros", without_float64)
-    assert "no device cpu: Cannot convert" in refused(capsys, "teachers --device cpu")
+    assert "--device cpu: Cannot convert" in refused(capsys, "teachers --device cpu")
 
 
 def test_more_memory_than_there_is(monkeypatch, capsys):
@@ -1996,7 +1996,7 @@ def test_no_flipped_bit_goes_unnoticed(run, tmp_path):
     for bit in random.Random(0).sample(range(8 * len(good)), 300):
         bad.write_bytes(flipped(good, bit))
         try:
-            assert identical(iadd.load(bad, iadd.TO_GO_ON, {}, {}), content)
+            assert identical(iadd.load(bad, iadd.TO_RESUME, {}, {}), content)
         except UserError:
             refusals += 1
     assert refusals > 200
@@ -2070,9 +2070,9 @@ def test_crafted_results_are_refused(run, tmp_path, capsys, key):
         iadd.save(content, path)
         if content.get("classes") != ["x", "y", "z"]:  # which only eval compares with the data's
             assert "distilled.pt" in refused(capsys, distil)
-        if key in iadd.RESULT + iadd.NORMALISATION + "classes settings":
+        if key in iadd.RESULT + iadd.CHANNELS + "classes settings":
             assert "distilled.pt" in refused(capsys, "eval --distilled", path, options)
-        if key in iadd.COURSE:
+        if key in iadd.HISTORY:
             assert "distilled.pt" in refused(capsys, "plot", path.parent)
 
 
