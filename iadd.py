@@ -932,7 +932,7 @@ def command_distill(args: argparse.Namespace) -> None:
     files = [load(path, TEACHER, settings, args.sizes, remedy) for path in paths]
     teachers = [file["thetas"][: epochs + 1] for file in files]
     if len(teachers) < (most or 1) or min(map(len, teachers)) <= epochs:
-        raise UserError(f"{folder} has {len(paths)} teachers, or too short; run first: {remedy}")
+        raise UserError(f"{len(paths)} teachers in {folder}, too few or short; run first: {remedy}")
     names = "ipc method steps expert_epochs max_start_epoch batch segments lr_img lr_alpha alpha "
     settings |= pick(args, names + "lr_w epsilon seed")
     settings |= {"teachers": len(teachers), "teachers_fingerprint": fingerprint(teachers)}
@@ -1004,7 +1004,7 @@ class Run:
         if not (last or test or d.t % 10 == 0):
             return
         if not (d.alpha > 0 and all(x.isfinite().all() for x in (loss, d.alpha, d.images, d.W))):
-            bad = f"diverged by iteration {d.t} (loss {loss:.4g}, alpha {d.alpha:.4g}); kept is"
+            bad = f"diverged by {d.t} (loss {loss:.4g}, alpha {d.alpha:.4g}); kept is iteration"
             raise UserError(f"{bad} {self.good['iteration']}; --restart with lower learning rates")
         self.log_row()
         if test:
@@ -1258,7 +1258,8 @@ def start_process(args: argparse.Namespace) -> None:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else 0)
         torch.zeros(1, device=device, dtype=torch.float64).item()  # W is float64
     except Exception as error:  # whatever a missing backend raises
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+        why = re.split(r"\. |\n", str(error))[0]
+        raise UserError(f"--device {args.device}: {why}") from None
     args.device = device
     tune(device)
     args.rank, args.ranks = 0, 1

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import operator
 import os
 import random
 import re
@@ -1100,7 +1101,7 @@ def test_the_first_teachers_can_be_chosen(run, capsys):
     assert "has teachers 2, not 3" in refused(capsys, distil)
     assert command(distil, "--teachers 2") == 0
     error = refused(capsys, distil, "--teachers 4")
-    assert "has 3 teachers" in error and "--teachers 4" in error
+    assert "3 teachers" in error and "--teachers 4" in error
     (folder / "teachers" / "002.pt").unlink()
 
 
@@ -1122,15 +1123,6 @@ def test_the_name_of_a_result_stays_in_its_place(run, capsys):
         assert "cannot be the name" in refused(capsys, "distill --restart --name", name, options)
 
 
-def test_restarting_after_an_old_result_was_deleted(run):
-    _, options, folder = run
-    distil = ["distill --steps 2 --iterations 1 --name tidy --restart", options]
-    for _ in range(3):
-        assert command(distil) == 0
-    shutil.rmtree(min(folder.glob("tidy.old-*")))
-    assert command(distil) == 0 and len(list(folder.glob("tidy.old-*"))) == 2
-
-
 TESTING = "--eval-every 5 --nets 1 --eval-epochs 1"
 DIVERGE = [f"--lr-alpha 1e6 {TESTING}", "--lr-w 1e9", "--alpha 1e9", "--lr-img 1e6 --lr-w 1e9"]
 
@@ -1141,7 +1133,7 @@ def test_divergence_stops_and_keeps_the_last_good_state(run, capsys, rates):
     name = f"diverge{DIVERGE.index(rates)}"
     more = f"--steps 3 --name {name} {rates} --iterations 60"
     error = refused(capsys, "distill", options, more)
-    noticed = int(re.search(r"diverged by iteration (\d+)", error)[1])
+    noticed = int(re.search(r"diverged by (\d+)", error)[1])
     kept = result(folder / name)
     good = kept["iteration"]
     assert good < noticed <= 60 and re.search(rf"\b{good}\b", error)
@@ -1617,7 +1609,7 @@ def test_a_learning_rate_below_0_is_no_good_state(small, monkeypatch, capsys):
 
     monkeypatch.setattr(iadd, "iteration", going_wrong)
     error = refused(capsys, "distill --name negative --iterations 60", DISTIL, options)
-    assert "diverged by iteration 20" in error and "alpha -0.04" in error
+    assert "diverged by 20" in error and "alpha -0.04" in error
     kept = result(folder / "negative")
     assert kept["iteration"] == 10 and kept["alpha"] > 0
 
@@ -2025,35 +2017,23 @@ def test_a_damaged_checkpoint_is_named_and_restart_begins_anew(small, capsys):
     assert (old / "distilled.pt").read_bytes() == damaged
 
 
-NAN = torch.tensor(math.nan)
-CRAFTED = {  # changes to an entry of a good file
-    "images": [
-        lambda x: x * NAN,
-        lambda x: x.double(),
-        lambda x: x[:, :1],
-        lambda x: x[0],
-        lambda x: x[:2],
-        lambda x: x.tolist(),
-    ],
-    "labels": [lambda y: y + 9, lambda y: y - 1, lambda y: y.float(), lambda y: y[:0]],
-    "alpha": [lambda a: -a, lambda a: math.inf, lambda a: 0.0, lambda a: "0.1"],
-    "mean": [lambda m: m[0], lambda m: m * NAN, lambda m: None],
-    "scale": [lambda s: s.flatten(), lambda s: s / 0],
-    "iteration": [lambda t: "9", lambda t: 1.5],
-    "classes": [lambda c: 3, lambda c: c[:1], lambda c: ["x", "y", "z"]],
-    "settings": [
-        lambda s: {},
-        lambda s: [s],
-        lambda s: {**s, "width": 0},
-        lambda s: {**s, "depth": "3"},
-        lambda s: {**s, "zca": 7},
-        lambda s: {**s, "zca": True},
-    ],
-    "W": [lambda w: w[1:], lambda w: w.float(), lambda w: w * NAN],
-    "mismatch": [lambda x: x[1:]],
-    "m_images": [lambda x: x[:, :1], lambda x: x + math.inf],
-    "m_alpha": [lambda x: x[None]],
-    "log": [lambda x: x[:, 1:], lambda x: "", lambda x: x * NAN],
+NAN, DOUBLE = functools.partial(torch.mul, math.nan), torch.Tensor.double
+SHORT, NARROW, FIRST = (operator.itemgetter(x) for x in (np.s_[1:], np.s_[:, :1], 0))
+SETTINGS = [{"width": 0}, {"depth": "3"}, {"zca": 7}, {"zca": True}]
+CRAFTED = {  # changes to an entry of a good file, or what to put there
+    "images": [NAN, DOUBLE, NARROW, SHORT, FIRST, torch.Tensor.tolist],
+    "labels": [lambda y: y + 9, lambda y: y - 1, DOUBLE, lambda y: y[:0]],
+    "alpha": [-0.1, math.inf, 0.0, "0.1"],
+    "mean": [FIRST, NAN, None],
+    "scale": [torch.Tensor.flatten, NAN],
+    "iteration": ["9", 1.5],
+    "classes": [3, ["cat"], ["x", "y", "z"]],
+    "settings": [{}, [1], *(lambda s, x=x: {**s, **x} for x in SETTINGS)],
+    "W": [SHORT, torch.Tensor.float, NAN],
+    "mismatch": [SHORT],
+    "m_images": [NARROW, NAN],
+    "m_alpha": [lambda m: m[None]],
+    "log": [NARROW, "", NAN],
 }
 
 
@@ -2065,8 +2045,8 @@ def test_crafted_results_are_refused(run, tmp_path, capsys, key):
     path = tmp_path / "runs" / folder.name / "ipc1_iadd_seed0" / "distilled.pt"
     shutil.copytree(folder / "teachers", path.parent.parent / "teachers")
     distil = ["distill --iterations 14 --steps 3", options[:3], tmp_path / "runs", options[4]]
-    lacking = {name: value for name, value in good.items() if name != key}
-    for content in (lacking, *({**good, key: change(good[key])} for change in CRAFTED[key])):
+    for change in (None, *CRAFTED[key]):
+        content = {**good, key: change(good[key]) if callable(change) else change}
         iadd.save(content, path)
         if content.get("classes") != ["x", "y", "z"]:  # which only eval compares with the data's
             assert "distilled.pt" in refused(capsys, distil)
@@ -2081,7 +2061,7 @@ def test_crafted_teachers_are_refused(run, tmp_path, capsys):
     path = tmp_path / folder.name / "teachers" / "000.pt"
     good = torch.load(folder / "teachers" / "000.pt", weights_only=True)
     x = good["thetas"]
-    for thetas in (x[:0], x[0], x[:, 1:], x.double(), x * NAN, "x", None):
+    for thetas in (x[:0], x[0], x[:, 1:], x.double(), NAN(x), "x", None):
         iadd.save({**good, "thetas": thetas}, path)
         for name in ("teachers --ipc 1", "distill", "eval --on herding"):
             error = refused(capsys, name, options[:3], tmp_path, options[4])
