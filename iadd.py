@@ -169,7 +169,7 @@ class Distillation:
     def __init__(self, images, labels, alpha: float, P: int, lr_img, lr_alpha, lr_w):
         self.t = 0
         self.labels = labels
-        self.images = images.clone().requires_grad_()  # line 1
+        self.images = images.detach().clone().requires_grad_()  # line 1
         self.alpha = images.new_tensor(alpha).requires_grad_()  # line 2
         # All ones, the "unit vector" W_0; float32 would round away what a rate of 1e-4 subtracts
         self.W = images.new_ones(P, dtype=torch.float64).requires_grad_()
@@ -1091,8 +1091,8 @@ def command_eval(args: argparse.Namespace) -> None:
     print("trained on  network         accuracy  networks  epochs        lr  seconds")
     for on in args.on:
         sample = functools.partial(training_set if on == "random" else sets.get, on)  # random: anew
-        lr = args.lr or (content["alpha"] if on == "distilled" else args.lr_teacher)
-        t = content["iteration"] if on == "distilled" else None
+        lr = args.lr or (float(content["alpha"]) if on == "distilled" else args.lr_teacher)
+        t = int(content["iteration"]) if on == "distilled" else None
         for arch in args.arch:
             evaluate(args, data, normalise, on, arch, sample, lr, out, t, args.compile)
 
@@ -1287,7 +1287,7 @@ def main(argv: list[str] | None = None) -> int:
         print("iadd.py: interrupted; the same command, less --restart, goes on", file=stderr)
         return 130
     except (UserError, OSError, ImportError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "allocate memory" not in str(error):
+        if type(error) is RuntimeError and not re.search("allocate memory|overflow", str(error)):
             raise  # a bug
         print(f"iadd.py: error: {error or 'out of memory'}", file=stderr)
         return 2
