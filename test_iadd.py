@@ -1233,10 +1233,19 @@ def test_plot_draws_what_it_says(run, monkeypatch, capsys):
     from matplotlib.axes import Axes
 
     _, options, folder = run
-    out, drawn, plot = folder / "ipc1_iadd_seed0", [], Axes.plot
+    out, drawn, bars, plot, errorbar = folder / "ipc1_iadd_seed0", [], [], Axes.plot, Axes.errorbar
     monkeypatch.setattr(Axes, "plot", lambda ax, *a, **b: drawn.append(a) or plot(ax, *a, **b))
-    assert command("eval --nets 2 --eval-epochs 1", options) == 0
+    watched = lambda ax, *a, **b: bars.append((*a, b["label"])) or errorbar(ax, *a, **b)  # noqa: E731
+    monkeypatch.setattr(Axes, "errorbar", watched)
+    assert command("eval --nets 2 --eval-epochs 1 --seed 3", options) == 0
+    path, row = out / "results.jsonl", rows_of(out)[-1]
+    good = path.read_text()
+    path.write_text(
+        good + '{"on": "distilled", "arch": "convnet", "iteration": 12, "mea'
+    )  # disk full
     assert command("plot", out) == 0
+    path.write_text(good)
+    assert ((12,), (row["mean"],), (row["std"],), "test accuracy of convnet, %") in bars
     said, log = capsys.readouterr().out, log_of(out)
     keys = ("loss", "alpha", "W_min", "W_1pct", "W_median", "W_mean")
     for key, (x, y) in zip(keys, drawn):
