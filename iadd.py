@@ -708,7 +708,10 @@ def fingerprint(tensors) -> int:
 def save(content: dict, path: Path) -> None:
     """torch.save to another name, then renamed: `path` is the old file or the new, always whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path.with_suffix(".tmp"))
+    try:
+        torch.save(content, path.with_suffix(".tmp"))
+    except RuntimeError as error:  # the disk is full, for example
+        raise OSError(f"cannot write {path.with_suffix('.tmp')}: {error}") from None
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -751,8 +754,7 @@ def load(path: Path, fields: str, wanted: dict, sizes: dict, remedy="make it ane
 
 def claim(folder: Path, args: argparse.Namespace):
     """The lock of a folder, for `with`. --restart: what is there becomes folder.old-<time>."""
-    lock = f"{folder.parent}/.{folder.name}.{args.rank}.lock"
-    held = filelock.FileLock(lock).acquire(timeout=0)
+    held = filelock.FileLock(f"{folder.parent}/.{folder.name}.{args.rank}.lock").acquire(timeout=0)
     if args.restart and args.rank == 0 and folder.exists():
         folder.rename(f"{folder}.old-{datetime.datetime.now():%Y%m%d-%H%M%S.%f}")
     sum_over_ranks(torch.zeros(1))  # the others wait
@@ -847,7 +849,7 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, dict, Path]:
         args.name = args.name or f"ipc{args.ipc}_{args.method}_seed{seed}"
         if args.name != Path(args.name).name or args.name.startswith("teachers"):
             raise UserError(f"--name {args.name} cannot be the name of a result's folder")
-    data = load_dataset(args.dataset, args.data_dir, args.size, args.classes)
+    data = load_dataset(str(args.dataset), args.data_dir, args.size, args.classes)
     args.depth = args.depth or max(1, round(math.log2(data.shape[1])) - 2)  # Sections 4.2, 4.5
     P = len(flat_parameters(build("convnet", data, args)))  # says at once if images are too small
     args.sizes = {"C": data.shape[0], "H": data.shape[1], "D": math.prod(data.shape), "P": P}
@@ -1055,9 +1057,8 @@ def command_eval(args: argparse.Namespace) -> None:
     """Train fresh networks on the distilled images and test them on real ones (Section 4.1)."""
     if args.distilled:  # a file from elsewhere brings its own settings
         settings = load(args.distilled, RESULT, {}, {})["settings"]
-        args.dataset = args.dataset or str(settings.get("dataset"))
-        for key in [key for key in ("zca", "width", "depth") if getattr(args, key) is None]:
-            setattr(args, key, settings[key])
+        own = {key: settings.get(key) for key in ("dataset", "zca", "width", "depth")}
+        vars(args).update(own | {k: v for k, v in vars(args).items() if v is not None})  # as typed
         args.name = args.name or args.distilled.stem
     data, shared, folder = prepare(args)
     out = folder / args.name
@@ -1268,9 +1269,8 @@ def start_process(args: argparse.Namespace) -> None:
         day = datetime.timedelta(days=1)  # they wait for teachers of each other
         torch.distributed.init_process_group(backend, timeout=day)
         args.rank, args.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    threads = f"{args.ranks} x {torch.get_num_threads()} CPU threads"
-    args.machine = f"torch {torch.__version__}, {threads}, {name}"
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+    args.machine = f"torch {torch.__version__}, {gpu}, {args.ranks} x {torch.get_num_threads()} CPU"
 
 
 def main(argv: list[str] | None = None) -> int:
