@@ -690,7 +690,7 @@ def make_shapes(train: int = 200, test: int = 50, seed: int = 0) -> Dataset:
 # 7. Files (*.pt are written whole or not at all, and read as data, not code), speed, processes
 
 CHECKPOINT_SECONDS = 60  # at least, from one to the next
-progress = functools.partial(tqdm, mininterval=0.2 if sys.stderr.isatty() else 30)
+progress = functools.partial(tqdm, mininterval=0.2 if sys.stderr and sys.stderr.isatty() else 30)
 # What files hold: names, types, lengths. A letter is one length throughout; no length: a number
 TEACHER = "thetas float32 E P"
 RESULT = "images float32 N C H H, labels int64 N, alpha float32, iteration int64"
