@@ -7,16 +7,15 @@
 Give all three the same options on data and network (here cifar10 is the default). With `--dataset
 shapes` they need neither a GPU nor a download, and three minutes on two CPU cores.
 
-The paper: Guang Li, Ren Togo, Takahiro Ogawa, Miki Haseyama, "Importance-Aware Adaptive Dataset
-Distillation", Neural Networks 172, 2024, arXiv:2401.15863. Sections, equations, figures, tables and
-lines (of Algorithm 1) below are that paper's. Train many teachers on the real data and keep their
-parameters before training and after every epoch. Then take a few real images per class (IPC) and
-repeat T times: let a student start where a random teacher was after a random early epoch i, take J
-steps of gradient descent on the augmented distilled images, and compare where it arrives with where
-the teacher stood K epochs later. Their squared distance, each parameter weighted by its importance
-W, relative to the way of the teacher, is back-propagated through all J steps into the images, the
-student's learning rate alpha and W. With W = 1 this is MTT (Cazenavette et al., "Dataset
-Distillation by Matching Training Trajectories", CVPR 2022), whose settings fill the paper's gaps.
+The paper: Guang Li, Ren Togo, Takahiro Ogawa, Miki Haseyama, Neural Networks 172, 2024, arXiv
+2401.15863; its are the sections, equations, figures, tables and lines (of Algorithm 1) named below.
+Train many teachers on the real data and keep their parameters before training and after every
+epoch. Then take a few real images per class (IPC) and repeat T times: let a student start where a
+random teacher was after a random early epoch i, take J steps of gradient descent on the augmented
+distilled images, and compare where it arrives with where the teacher stood K epochs later. Their
+squared distance, each parameter weighted by its importance W, relative to the way of the teacher,
+is back-propagated through all J steps into the images, the student's learning rate alpha and W.
+With W = 1 this is MTT (Cazenavette et al., CVPR 2022), whose settings fill the paper's gaps.
 
 Glossary
     theta       all parameters of a network as one vector, (P,)       theta, theta~, Eq. (3)-(5)
@@ -62,8 +61,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------------------
-# 1. The student's step, the loss and Algorithm 1 (Section 3)
+# ---- 1. The student's step, the loss and Algorithm 1 (Section 3) ---------------------------------
 
 
 def flat_parameters(net: nn.Module) -> Tensor:
@@ -71,25 +69,30 @@ def flat_parameters(net: nn.Module) -> Tensor:
     return nn.utils.parameters_to_vector(net.parameters()).detach()
 
 
-def cross_entropy(net: nn.Module):
-    """The loss of a network as ell(theta, x, y): (P,), (B, C, H, W), (B,) -> (). ell raises
-    RuntimeError if the network has buffers, as BatchNorm has: matching would leave them out."""
+def cross_entropy(net: nn.Module, precision: str = "float32"):
+    """The loss of a network, which computes in "float32" or "bf16" (bfloat16), as ell(theta, x, y):
+    (P,), (B, C, H, W), (B,) -> (). ell raises RuntimeError if the network has buffers, as BatchNorm
+    has: matching would leave them out."""
     named = dict(net.named_parameters())
     sizes = [p.numel() for p in named.values()]
 
     def ell(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        around = theta.dtype
+        if precision == "bf16":
+            theta, x = theta.bfloat16(), x.bfloat16()
         parts = zip(named.items(), theta.split(sizes))
         parameters = {name: part.view_as(p) for (name, p), part in parts}
-        return F.cross_entropy(torch.func.functional_call(net, parameters, (x,), strict=True), y)
+        logits = torch.func.functional_call(net, parameters, (x,), strict=True)
+        return F.cross_entropy(logits.to(around), y)
 
     return ell
 
 
-def student_step(net: nn.Module):
+def student_step(net: nn.Module, precision: str = "float32"):
     """The step of Eq. (2), for theta (P,), alpha (), x (B, C, H, W), y (B,), and its backward pass:
     from v, the gradient w.r.t. the step's result, those w.r.t. theta, alpha and x, (I - alpha H) v,
     -<v, g> and -alpha (dg/dx)^T v. Here g is the gradient of ell in theta and H its Hessian."""
-    gradient = torch.func.grad(cross_entropy(net))
+    gradient = torch.func.grad(cross_entropy(net, precision))
 
     def step(theta, alpha, x, y):
         return theta - alpha * gradient(theta, x, y)  # Eq. (2)
@@ -229,14 +232,12 @@ def distil(d: Distillation, student, teachers, m: Matching, T: int, segments, af
         after_iteration(loss)
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Differentiable Siamese augmentation (DSA), script A in Eq. (2); Zhao, Bilen, ICML 2021 [47].
-# Each function takes (N, C, H, W), and every image draws its own parameters.
+# ---- 2. DSA, script A in Eq. (2) [47]. Of (N, C, H, W); every image draws its own parameters ----
 
 
 def uniform(x: Tensor, low: float, high: float) -> Tensor:
-    """A number from U(low, high) for each image of x, (N, 1, 1, 1)."""
-    return torch.rand(len(x), 1, 1, 1, dtype=x.dtype, device=x.device) * (high - low) + low
+    """A number from U(low, high) for each image of x, (N, 1, 1, 1), drawn on the CPU as all are."""
+    return torch.rand(len(x), 1, 1, 1, dtype=x.dtype).to(x.device) * (high - low) + low
 
 
 def dsa_color(x: Tensor) -> Tensor:
@@ -252,7 +253,7 @@ def dsa_crop(x: Tensor) -> Tensor:
     """Shift by whole pixels, up to an eighth of the side in x and in y."""
     side = x.shape[-1]
     reach = round(side / 8)
-    shift = torch.randint(-reach, reach + 1, (2, len(x)), device=x.device)
+    shift = torch.randint(-reach, reach + 1, (2, len(x))).to(x.device)
     dx, dy = 2 * shift / (side - 1)  # `warp` has the side in [-1, 1]
     return warp(x, tx=dx, ty=dy, mode="nearest")
 
@@ -262,7 +263,7 @@ def dsa_cutout(x: Tensor) -> Tensor:
     side = x.shape[-1]
     hole = round(side / 2)
     pixel = torch.arange(side, device=x.device)
-    start = torch.randint(0, side + 1 - hole % 2, (2, len(x), 1), device=x.device) - hole // 2
+    start = torch.randint(0, side + 1 - hole % 2, (2, len(x), 1)).to(x.device) - hole // 2
     rows, columns = (pixel >= start) & (pixel < start + hole)  # (N, side) each
     return x.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0)
 
@@ -298,15 +299,14 @@ DSA = [dsa_color, dsa_crop, dsa_cutout, dsa_flip, dsa_scale, dsa_rotate]
 def augment(x: Tensor) -> Tensor:
     """Augments J mini-batches (J, B, C, H, W): each draws one of the six kinds for all its images.
     Differentiable in x. One call for all mini-batches of a kind."""
-    kind = torch.randint(len(DSA), (len(x),))  # on the CPU, so that nothing waits for a GPU
+    kind = torch.randint(len(DSA), (len(x),))
     order = kind.argsort().to(x.device)
     parts = x[order].split(kind.bincount(minlength=len(DSA)).tolist())
     done = [dsa(part.flatten(0, 1)).view_as(part) for dsa, part in zip(DSA, parts) if len(part)]
     return torch.cat(done)[order.argsort()]  # in the order of x again
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Networks. GroupNorm with one channel a group is instance normalisation: no running statistics
+# ---- 3. Networks (GroupNorm with a channel a group is instance normalisation) --------------------
 
 
 def plain_network(shape, classes: int, layers: list, norm: bool = True) -> nn.Module:
@@ -322,8 +322,7 @@ def plain_network(shape, classes: int, layers: list, norm: bool = True) -> nn.Mo
         else:
             width, kernel = layer
             modules.append(nn.Conv2d(channels, width, kernel, padding=kernel // 2))
-            if norm:
-                modules.append(nn.GroupNorm(width, width))
+            modules.append(nn.GroupNorm(width, width) if norm else nn.Identity())
             modules.append(nn.ReLU())
             channels = width
     return nn.Sequential(*modules, nn.Flatten(), nn.Linear(channels * side * side, classes))
@@ -359,8 +358,7 @@ def resnet18(shape, classes: int) -> nn.Module:
 
 ARCHITECTURES = {"convnet": convnet, "alexnet": alexnet, "vgg11": vgg11, "resnet18": resnet18}
 
-# --------------------------------------------------------------------------------------------------
-# 4. Training on a set of images: teachers (Section 3.1), networks of the evaluation (Section 4.1)
+# ---- 4. Training on images: teachers (Section 3.1), evaluation (Section 4.1) ---------------------
 
 
 def seed_all(*key) -> None:
@@ -423,8 +421,7 @@ def confusion_matrix(net: nn.Module, theta: Tensor, x: Tensor, y: Tensor, normal
     return torch.bincount(n * y + scores.argmax(1), minlength=n * n).view(n, n)
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Normalisation and ZCA (Section 4.2); the real images to begin with
+# ---- 5. Normalisation and ZCA (Section 4.2); the real images to begin with -----------------------
 
 
 class Normalisation:
@@ -492,16 +489,14 @@ def real_images(data: "Dataset", normalise: Normalisation, ipc: int, choose=None
     return normalise(images[index]), labels[index].to(normalise.mean.device)
 
 
-# ==================================================================================================
-# The method ends here. What follows serves it: data, files, speed, processes, commands.
+# ==== The method ends here. What follows serves it: data, files, speed, processes, commands. ======
 
 
 class UserError(Exception):
     """Something the user can mend. The command line prints it as one line and exits with code 2."""
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. Settings (default < preset < what the user typed) and datasets
+# ---- 6. Settings (default < preset < what the user typed) and datasets ---------------------------
 # The paper's (Sections 4.1, 4.2, 4.5; covid's T is assumed), but lr_teacher, batch_real: MTT's
 DEFAULTS = {"epochs": 50, "lr_teacher": 0.01, "batch_real": 256, "iterations": 5000, "width": 128}
 DEFAULTS |= {"method": "iadd", "lr_w": 1e-4, "epsilon": 0.1, "nets": 5}
@@ -539,10 +534,7 @@ class Dataset:
     classes: list[str]
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:  # (C, H, W)
-        return tuple(self.train[0].shape[1:])
+    shape = property(lambda self: tuple(self.train[0].shape[1:]))  # (C, H, W)
 
 
 def load_dataset(name: str, data_dir: Path, size=None, only=()) -> Dataset:
@@ -584,16 +576,13 @@ def image_files(root: Path) -> dict[str, list[Path]]:
 
 def list_tiny_imagenet(root: Path):
     """{class: files} to train on, of Tiny ImageNet [80], and to test on: its validation images."""
-    if not (root / "words.txt").exists():
+    if not (root / "val/val_annotations.txt").exists():
         raise UserError(f"--data-dir {root} is not the folder tiny-imagenet-200, see README")
-    files = (root / "words.txt", root / "val/val_annotations.txt")
-    lines = [re.findall("^(.+?)\t(.+?)(?:[,\t]|$)", f.read_text("latin-1"), re.M) for f in files]
-    names, labels = map(dict, lines)  # {folder: name up to a comma}, {validation image: folder}
-    train = {names.get(key, key): images for key, images in image_files(root / "train").items()}
     test = {}
-    for file, key in labels.items():
-        test.setdefault(names.get(key, key), []).append(root / "val/images" / file)
-    return train, test
+    for line in (root / "val/val_annotations.txt").read_text().splitlines():
+        file, name, *_ = line.split("\t")
+        test.setdefault(name, []).append(root / "val/images" / file)
+    return image_files(root / "train"), test
 
 
 def list_covid(root: Path, only=()):
@@ -672,8 +661,7 @@ def make_shapes(train: int = 200, test: int = 50, seed: int = 0) -> Dataset:
     for pattern in SHAPES.values():
         x = grid[None, :] - draw(-0.3, 0.3)  # (train + test, 1, 1, 32)
         y = grid[:, None] - draw(-0.3, 0.3)  # (train + test, 1, 32, 1)
-        tilt = draw(-0.3, 0.3)
-        scale = draw(0.4, 0.8)
+        tilt, scale = draw(-0.3, 0.3), draw(0.4, 0.8)
         u = (np.cos(tilt) * x - np.sin(tilt) * y) / scale
         v = (np.sin(tilt) * x + np.cos(tilt) * y) / scale
         inside = (pattern(u, v) * scale * 32 / 2 + 0.5).clip(0, 1)  # with soft edges
@@ -686,8 +674,7 @@ def make_shapes(train: int = 200, test: int = 50, seed: int = 0) -> Dataset:
     return Dataset("shapes", list(SHAPES), *zip([part.flatten(0, 1) for part in parts], labels))
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Files (*.pt are written whole or not at all, and read as data, not code), speed, processes
+# ---- 7. Files (*.pt are written whole or not at all; read as data, not code), speed --------------
 
 CHECKPOINT_SECONDS = 60  # at least, from one to the next
 progress = functools.partial(tqdm, mininterval=0.2 if sys.stderr and sys.stderr.isatty() else 30)
@@ -728,7 +715,7 @@ def check(found: dict, fields: str, sizes: dict) -> None:
 
 
 def load(path: Path, fields: str, wanted: dict, sizes: dict, remedy="make it anew") -> dict:
-    """What `save` wrote. Raises UserError if it is damaged, or lacks fields or settings wanted."""
+    """What `save` wrote, or UserError. A setting that is wanted to be None becomes the file's."""
     try:
         code = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with zipfile.ZipFile(path) as records:  # as which torch saves, with a CRC for each record
@@ -736,7 +723,9 @@ def load(path: Path, fields: str, wanted: dict, sizes: dict, remedy="make it ane
                 raise ValueError(f"it would run {code}" if code else "wrong CRC")
         content = torch.load(path, map_location="cpu", mmap=fields == TEACHER, weights_only=True)
         given = content["settings"]
+        given.setdefault("precision", "float32")  # of a version before it was a setting
         check(given, "zca bool, width int64, depth int64", {})
+        wanted.update({k: given.get(k) for k, v in wanted.items() if v is None})
         wrong = [f"{k} {given.get(k)}, not {v}" for k, v in wanted.items() if given.get(k) != v]
         if fields.startswith(RESULT):
             fields += ZCA if given["zca"] else CHANNELS
@@ -761,36 +750,50 @@ def claim(folder: Path, args: argparse.Namespace):
     return held
 
 
-def recorded(function):
-    """`function` on a GPU as a CUDA graph: its kernels are replayed, which Python launches slower
-    than they run. Shapes must not change; the next call overwrites a result."""
-    graph = []
-
-    def call(*inputs):
-        if not graph:
-            examples = tuple(i.detach().clone().requires_grad_(i.requires_grad) for i in inputs)
-            gc.collect()  # an old graph that Python frees only while this is recorded spoils it
-            graph.append(torch.cuda.make_graphed_callables(function, examples))
-        return graph[0](*inputs)
-
-    return call
-
-
-def accelerators(device: torch.device, images: int, wanted: bool | None) -> tuple:
-    """Two transformations of functions: torch.compile, and `recorded`. wanted: --compile,
-    --no-compile, or None to compile if `images` in all steps are enough to make up for it."""
-    record = recorded if device.type == "cuda" and wanted is not False else nn.Identity()
-    many = 3_000_000 if device.type == "cuda" else 120_000
-    if wanted is False or (wanted is None and images < many):
-        return nn.Identity(), record
+def accelerated(make, examples, images: int, wanted: bool | None):
+    """make(identity), a function of theta and more, or the same made faster: make(torch.compile),
+    and on a GPU recorded as a CUDA graph (then shapes must not change, and the next call overwrites
+    a result). What fails with the example inputs, or gives other results, is done without. wanted:
+    --compile, --no-compile, or None to compile if `images` in all steps make up for the time."""
+    examples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in examples)
+    plain, cuda = make(nn.Identity()), examples[0].is_cuda
+    compiles = wanted or (wanted is None and images >= (3_000_000 if cuda else 120_000))
+    if wanted is False or not (compiles or cuda):
+        return plain
     try:
-        torch.compiler.reset()  # a process may compile one function for eight networks only
-        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+        if compiles:
+            print("compiling first, up to a minute (--no-compile does without)", file=sys.stderr)
+            torch.compiler.reset()  # a process may compile one function for eight networks only
+        fast = make(functools.partial(torch.compile, dynamic=False)) if compiles else plain
+        if cuda:
+            gc.collect()  # an old graph that Python frees only while this is recorded spoils it
+            fast = torch.cuda.make_graphed_callables(fast, examples)
+        pairs = zip(results(fast, examples), results(plain, examples))
+        if all((a - b).norm() < 0.5 * b.norm() for a, b in pairs):  # in bf16 they differ by 0.15
+            return fast
+        why = "it gives other results"
     except Exception as error:  # no C++ compiler, no Triton, an unsupported Python, ...
-        print(f"going on without torch.compile ({type(error).__name__})", file=sys.stderr)
-        return nn.Identity(), record
-    print("compiling first, for up to a minute (--no-compile does without)", file=sys.stderr)
-    return functools.partial(torch.compile, dynamic=False), record
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+            raise
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:99]
+    print(f"without {'torch.compile' if compiles else 'CUDA graphs'}: {why}", file=sys.stderr)
+    return accelerated(make, examples, 0, None) if compiles else plain
+
+
+def results(function, inputs) -> list[Tensor]:
+    """How far it moves theta, the first of the inputs, and the gradients of that way's square."""
+    moved = function(*inputs) - inputs[0].detach()
+    learned = [x for x in inputs if x.requires_grad]
+    return [moved.detach(), *torch.autograd.grad(moved.square().sum(), learned)]
+
+
+def choose_precision(args: argparse.Namespace, settings: dict) -> None:
+    """As typed, or as in a file that `load` found, or bf16 if the device has arithmetic for it."""
+    cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    has_it = torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else cpu
+    if args.precision == "bf16" and not has_it:
+        print("bf16 will be slow: this device has no arithmetic for it", file=sys.stderr)
+    args.precision = settings["precision"] = settings["precision"] or ("float32", "bf16")[has_it]
 
 
 def tune(device: torch.device) -> None:
@@ -812,15 +815,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def sum_gradients(optimizer, *_) -> None:
-    """Before an optimizer's step: gradients become their sums over all processes."""
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
-        if p.grad is not None:
-            sum_over_ranks(p.grad)
-
-
-# --------------------------------------------------------------------------------------------------
-# 8. Commands
+# ---- 8. Commands ---------------------------------------------------------------------------------
 
 
 def pick(args: argparse.Namespace, names: str) -> dict:
@@ -839,9 +834,8 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, dict, Path]:
     for key, is_idle in idle.items():
         if is_idle and getattr(args, key) is not None:
             raise UserError(f"with the other options --{key.replace('_', '-')} has no effect")
-    args.dataset = args.dataset or "cifar10"
     args.ipc = args.ipc or 1
-    for key, value in preset(args.preset or args.dataset, args.ipc).items():
+    for key, value in preset(args.dataset, args.ipc).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     if args.command != "teachers":
@@ -849,7 +843,7 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, dict, Path]:
         args.name = args.name or f"ipc{args.ipc}_{args.method}_seed{seed}"
         if args.name != Path(args.name).name or args.name.startswith("teachers"):
             raise UserError(f"--name {args.name} cannot be the name of a result's folder")
-    data = load_dataset(str(args.dataset), args.data_dir, args.size, args.classes)
+    data = load_dataset(args.dataset, args.data_dir, args.size, args.classes)
     args.depth = args.depth or max(1, round(math.log2(data.shape[1])) - 2)  # Sections 4.2, 4.5
     P = len(flat_parameters(build("convnet", data, args)))  # says at once if images are too small
     args.sizes = {"C": data.shape[0], "H": data.shape[1], "D": math.prod(data.shape), "P": P}
@@ -869,17 +863,25 @@ def build(arch: str, data: Dataset, args: argparse.Namespace) -> nn.Module:
     return ARCHITECTURES[arch](data.shape, len(data.classes), **sizes).to(args.device)
 
 
+def fast_loss(net: nn.Module, x: Tensor, y: Tensor, normalise, args, passes: int, wanted):
+    """`cross_entropy` of a network for mini-batches of x and y, in all passes, made faster."""
+    loss, batch = cross_entropy(net, args.precision), min(args.batch_real, len(x))
+    examples = (flat_parameters(net).requires_grad_(), normalise(x[:batch]), y[:batch])
+    return accelerated(lambda faster: faster(loss), examples, passes * len(x), wanted)
+
+
 def command_teachers(args: argparse.Namespace) -> None:
     """Train teachers on the real data and keep their parameters after every epoch (Section 3.1)."""
     shorten = args.epochs is None and args.ipc is not None
     data, settings, folder = prepare(args)
     if shorten:  # to the only epochs that distill with the preset of this IPC reads
         args.epochs = args.max_start_epoch - 1 + args.expert_epochs
-    settings |= pick(args, "lr_teacher batch_real seed")
+    settings |= pick(args, "lr_teacher batch_real seed precision")
     paths = [folder / "teachers" / f"{k:03d}.pt" for k in range(args.teachers)]
     with claim(folder / "teachers", args):
         remedy = "--restart trains all anew, --runs DIR chooses another folder"
         found = {p: load(p, TEACHER, settings, args.sizes, remedy) for p in paths if p.exists()}
+        choose_precision(args, settings)
         todo = [p for p in paths if p not in found or len(found[p]["thetas"]) <= args.epochs]
         print(f"{folder}/teachers: {len(paths) - len(todo)} of {len(paths)} are complete")
         sum_over_ranks(torch.zeros(1))  # before anyone writes, all have looked
@@ -894,8 +896,7 @@ def train_teachers(args, data: Dataset, settings: dict, paths: list[Path], found
     normalise = Normalisation.fit(data.train[0], args.zca, args.device)
     (x, y), test = normalise.prepare(data.train), normalise.prepare(data.test)
     net = build("convnet", data, args)
-    faster, record = accelerators(args.device, args.teachers * args.epochs * len(x), args.compile)
-    ell = record(faster(cross_entropy(net)))
+    ell = fast_loss(net, x, y, normalise, args, args.teachers * args.epochs, args.compile)
     how = (args.lr_teacher, args.batch_real, normalise)
     for path in paths:
         seed = (args.seed, "teacher", int(path.stem))
@@ -936,7 +937,7 @@ def command_distill(args: argparse.Namespace) -> None:
     if len(teachers) < (most or 1) or min(map(len, teachers)) <= epochs:
         raise UserError(f"{len(paths)} teachers in {folder}, too few or short; run first: {remedy}")
     names = "ipc method steps expert_epochs max_start_epoch batch segments lr_img lr_alpha alpha "
-    settings |= pick(args, names + "lr_w epsilon seed")
+    settings |= pick(args, names + "lr_w epsilon seed precision")
     settings |= {"teachers": len(teachers), "teachers_fingerprint": fingerprint(teachers)}
     run = Run(args, data, settings, teachers, folder / args.name)
     if run.d.t < args.iterations:
@@ -965,6 +966,7 @@ class Run:
             images, labels = real_images(data, norm, args.ipc)
             good = {"settings": settings, "classes": data.classes, "labels": labels, "iteration": 0}
             good |= {"images": images, "mean": norm.mean, "scale": norm.scale, "alpha": args.alpha}
+        choose_precision(args, settings)
         images, labels = good["images"].to(args.device), good["labels"].to(args.device)
         self.normalise = Normalisation(good["mean"].to(args.device), good["scale"].to(args.device))
         rates = (args.lr_img, args.lr_alpha, args.lr_w)
@@ -979,11 +981,7 @@ class Run:
         """Algorithm 1, from iteration d.t to T. Saves, also if interrupted."""
         args, d = self.args, self.d
         images = 4 * args.iterations * args.segments * args.steps * args.batch  # 4: and back again
-        faster, record = accelerators(args.device, images, args.compile)
-        step, step_back = student_step(build("convnet", self.data, args))
-        student = record(functools.partial(unroll, differentiable(faster(step), faster(step_back))))
-        if args.ranks > 1:
-            d.optimizer.register_step_pre_hook(sum_gradients)
+        d.optimizer.register_step_pre_hook(self.sum_gradients)
         names = "steps expert_epochs max_start_epoch batch segments method epsilon seed"
         m = Matching(*pick(args, names).values())  # in the order of its fields
         mine = range(args.rank, args.segments, args.ranks)
@@ -991,11 +989,22 @@ class Run:
         self.save()
         if d.t == 0:
             self.draw()
+        both = student_step(build("convnet", self.data, args), args.precision)
+        make = lambda faster: functools.partial(unroll, differentiable(*map(faster, both)))  # noqa: E731
+        theta = self.teachers[0][0].to(args.device)
+        examples = (theta, d.alpha, *student_batches(d.images, d.labels, m.batch, m.J))
+        student = accelerated(make, examples, images, args.compile)
         try:
             with progress(total=args.iterations, initial=d.t, unit="it") as self.bar:
                 distil(d, student, self.teachers, m, args.iterations, mine, self.after_iteration)
         finally:
             self.save()
+
+    def sum_gradients(self, *_) -> None:
+        """Before a step of the optimizer: over all processes."""
+        for x in (self.d.alpha, self.d.W, self.d.images):
+            if x.grad is not None:  # MTT learns no W
+                sum_over_ranks(x.grad)
 
     def after_iteration(self, loss: Tensor) -> None:
         """Every tenth time, logs, draws, saves. (To look at a number is to wait for a GPU.)"""
@@ -1055,16 +1064,15 @@ class Run:
 
 def command_eval(args: argparse.Namespace) -> None:
     """Train fresh networks on the distilled images and test them on real ones (Section 4.1)."""
-    if args.distilled:  # a file from elsewhere brings its own settings
-        settings = load(args.distilled, RESULT, {}, {})["settings"]
-        own = {key: settings.get(key) for key in ("dataset", "zca", "width", "depth")}
-        vars(args).update(own | {k: v for k, v in vars(args).items() if v is not None})  # as typed
-        args.name = args.name or args.distilled.stem
+    args.name = args.name or (args.distilled and args.distilled.stem)
     data, shared, folder = prepare(args)
     out = folder / args.name
     path = args.distilled or out / "distilled.pt"
     if "distilled" in args.on:
-        content = load(path, RESULT, {} if args.distilled else shared, args.sizes)
+        copy = (
+            {"fingerprint": None} if args.distilled else {}
+        )  # another version may decode otherwise
+        content = load(path, RESULT, shared | copy, args.sizes, "options must fit")
         if content["classes"] != data.classes:
             raise UserError(f"{path} is of the classes {content['classes']}, {data.name} of others")
         args.ipc = len(content["labels"]) // len(data.classes)  # --name does not tell it
@@ -1084,8 +1092,7 @@ def command_eval(args: argparse.Namespace) -> None:
         choose = functools.partial(herding, build("convnet", data, args), theta, args.ipc)
         return real_images(data, normalise, args.ipc, choose)
 
-    for arch in args.arch:  # whatever is wrong shows before hours of training
-        build(arch, data, args)
+    choose_precision(args, vars(args))
     sets = {on: training_set(on) for on in args.on}
     of = path if "distilled" in args.on else data.name
     print(f"\n{of}, IPC {args.ipc}: test accuracy after the last epoch, mean ± std")
@@ -1116,10 +1123,8 @@ def evaluate(args, data: Dataset, normalise, on, arch, sample, lr, out: Path, t,
     """Trains new networks on what `sample()` returns, tests them, prints and writes a row."""
     start, test = time.time(), normalise.prepare(data.test)
     epochs = args.eval_epochs or (args.epochs if on == "full" else 1000)
-    n, classes = len(sample()[0]), len(data.classes)
-    net = build(arch, data, args)
-    faster, record = accelerators(args.device, args.nets * epochs * n, compile)
-    ell = record(faster(cross_entropy(net)))
+    net, classes = build(arch, data, args), len(data.classes)
+    ell = fast_loss(net, *sample(), normalise, args, args.nets * epochs, compile)
     matrices = torch.zeros(args.nets, classes, classes, dtype=torch.int64)
     mine = range(args.rank, args.nets, args.ranks)
     for k in progress(mine, desc=f"{arch} on {on}", unit="network", leave=False):
@@ -1132,7 +1137,7 @@ def evaluate(args, data: Dataset, normalise, on, arch, sample, lr, out: Path, t,
     score, seconds = f"{mean:.1f} ± {std:.1f} %", time.time() - start
     tqdm.write(f"{on:<12}{arch:<10}{score:>14}{args.nets:>10}{epochs:>8}{lr:>10.5f}{seconds:>9.0f}")
     row = {"on": on, "arch": arch, "iteration": t, "mean": mean, "std": std, "accuracies": scores}
-    row |= {"lr": lr, "epochs": epochs, "dataset": data.name, **pick(args, "ipc seed")}
+    row |= {"lr": lr, "epochs": epochs, "dataset": data.name, **pick(args, "ipc seed precision")}
     row |= {"seconds": seconds, "confusion": matrices.sum(0).tolist()}
     if args.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -1166,15 +1171,12 @@ def command_plot(args: argparse.Namespace) -> None:
         ax.legend(*ax.get_legend_handles_labels())
     figure.savefig(out / "plot.png", dpi=130)
     pictures = [Image.open(path) for path in sorted(out.glob("images_*.png"))]
-    if not pictures:
-        raise UserError(f"{out} has no images_*.png to make evolution.gif of")
     first, *others = [x.reduce(math.ceil(max(x.size) / 1100)).quantize(128) for x in pictures]
     first.save(out / "evolution.gif", save_all=True, append_images=others, duration=250, loop=0)
     print(f"{out}/plot.png, {out}/evolution.gif")
 
 
-# --------------------------------------------------------------------------------------------------
-# 9. Command line
+# ---- 9. Command line -----------------------------------------------------------------------------
 
 
 def between(low: float, high: float, kind: type = float):
@@ -1206,19 +1208,18 @@ def make_parser() -> argparse.ArgumentParser:
     whole, side = between(1, 10**6, int), between(1, 512, int)
     rate, above_zero = between(0, 1e30), between(1e-12, 1e30)
     teach, dist, both, data = "teachers", "distill", "distill eval", "teachers distill eval"
-    names = list(dict.fromkeys(re.findall(r"^\w+(?= +\d)", PRESETS, re.M)))
-    add(data, "--dataset", help=f"{', '.join(names)}, or a folder of {{train,test}}/*/* (cifar10)")
+    add(data, "--dataset", default="cifar10", help="below; or a folder {train,test}/*/* (cifar10)")
     add(data, "--data-dir", type=Path, default="data", help="folder of data and downloads (data)")
     add(data, "--runs", type=Path, default="runs", help="folder of all that is written (runs)")
     add(data, "--classes", nargs="+", default=[], help="those to use, of image files (all)")
     add(data, "--size", type=side, help="pixels a side of image files (covid 112, else theirs)")
-    add(data, "--preset", choices=names, help="another dataset's settings (own, or cifar10's)")
     add(data, "--ipc", type=whole, help="distilled images per class (1); for teachers: --epochs")
     add(data, "--zca", action=switch, help="whiten by ZCA, or normalise each channel (preset)")
     add(data, "--width", type=whole, help="channels of the ConvNet (preset, 128 in the paper)")
     add(data, "--depth", type=whole, help="its blocks (3 for 32 pixels a side, 4: 64, 5: 112)")
     add(data, "--seed", type=int, default=0, help="of everything random (0)")
     add(data, "--compile", action=switch, help="torch.compile (if the run is long)")
+    add(data, "--precision", choices=["float32", "bf16"], help="(bf16 if the device has it)")
     add(data + " plot", "--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
     add(teach, "--teachers", type=whole, help="how many (preset, 200 in the paper for CIFAR)")
     add(teach, "--epochs", type=whole, help="of each (50; with --ipc those that distill reads)")
@@ -1266,8 +1267,7 @@ def start_process(args: argparse.Namespace) -> None:
     args.rank, args.ranks = 0, 1
     if launched:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        day = datetime.timedelta(days=1)  # they wait for teachers of each other
-        torch.distributed.init_process_group(backend, timeout=day)
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
         args.rank, args.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     args.machine = f"torch {torch.__version__}, {gpu}, {args.ranks} x {torch.get_num_threads()} CPU"
