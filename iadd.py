@@ -77,13 +77,11 @@ def cross_entropy(net: nn.Module, precision: str = "float32"):
     sizes = [p.numel() for p in named.values()]
 
     def ell(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        around = theta.dtype
-        if precision == "bf16":
-            theta, x = theta.bfloat16(), x.bfloat16()
+        inside = torch.bfloat16 if precision == "bf16" else theta.dtype
         parts = zip(named.items(), theta.split(sizes))
-        parameters = {name: part.view_as(p) for (name, p), part in parts}
-        logits = torch.func.functional_call(net, parameters, (x,), strict=True)
-        return F.cross_entropy(logits.to(around), y)
+        parameters = {name: part.view_as(p).to(inside) for (name, p), part in parts}
+        logits = torch.func.functional_call(net, parameters, (x.to(inside),), strict=True)
+        return F.cross_entropy(logits.to(theta.dtype), y)
 
     return ell
 

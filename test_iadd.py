@@ -155,7 +155,8 @@ def test_unroll_keeps_no_activations():
     """What waits for the way back is theta, alpha, x and y of each step, and nothing else."""
     net, (theta, alpha, x, _), (y, *_) = tiny_problem(J=10)
     step = iadd.differentiable(*iadd.student_step(net))
-    node = iadd.unroll(step, theta, alpha, x, y).grad_fn
+    end = iadd.unroll(step, theta, alpha, x, y)
+    node = end.grad_fn
     for _ in range(10):
         shapes = [tensor.shape for tensor in node.saved_tensors]
         assert shapes == [theta.shape, alpha.shape, x[0].shape, y[0].shape]
