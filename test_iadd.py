@@ -2412,18 +2412,15 @@ def median_seconds(runs, device):
     return statistics.median(spans[1:] or spans)
 
 
-def measure(way, task, batch, steps, width, device, threads, compiling, repeats):
-    """Seconds a step, its floating-point operations, and peak memory in GB, of one task done the
-    "obvious" way, or ours in "float32" or "bf16". task: "distil", an iteration of Algorithm 1 with
-    `steps` steps of `batch` images, or "train", as many steps. All have the same threads and the
-    same malloc."""
-    torch.set_num_threads(threads)
-    iadd.tune(device)
+def job(way, task, batch, steps, width, device, compiling):
+    """A function that does one task in a way: the "obvious" one, or ours in "float32" or
+    "bf16". task: "distil", an iteration of Algorithm 1 with `steps` steps of `batch` images, or
+    "train", as many steps. With it, the floating-point operations of a step."""
+    torch.manual_seed(0)
     n = batch if task == "distil" else batch * steps
     net, x = iadd.convnet((3, 32, 32), 10, width).to(device), torch.randn(n, 3, 32, 32).to(device)
     theta, y = flat_parameters(net), torch.arange(n, device=device) % 10
-    ours, precision = way != "obvious", "bf16" if way == "bf16" else "float32"
-    wanted = ours and compiling  # else it is neither compiled nor recorded
+    ours, precision = way in ("float32", "bf16"), "bf16" if way == "bf16" else "float32"
     if task == "distil":
         teachers = [torch.stack([theta, theta + 0.01 * torch.randn_like(theta)]).cpu()]
         d = iadd.Distillation(x, y, 0.01, len(theta), 1, 1e-7, 1e-4)
@@ -2431,20 +2428,31 @@ def measure(way, task, batch, steps, width, device, threads, compiling, repeats)
         examples = (theta, d.alpha, *iadd.student_batches(d.images, y, batch, steps))
         student = functools.partial(iadd.unroll, unrolled_step(net))
         if ours:
-            student = iadd.accelerated(make, examples, 0, wanted)
+            student = iadd.accelerated(make, examples, 0, compiling)
         m = iadd.Matching(J=steps, K=1, max_start=1, batch=batch)
         work = functools.partial(iadd.iteration, d, student, teachers, m, [0])
     else:
         args = SimpleNamespace(precision=precision, batch_real=batch)
-        ell = iadd.fast_loss(net, x, y, unchanged, args, 0, wanted)
+        ell = iadd.fast_loss(net, x, y, unchanged, args, 0, ours and compiling)
         optimizer = torch.optim.SGD([theta.requires_grad_()], 0.01, momentum=0.9)
         work = functools.partial(iadd.train, ell, theta, optimizer, x, y, 1, batch, unchanged)
-    seconds = median_seconds((work() for _ in range(repeats + 1)), device) / steps
-    peak = peak_memory(device)
     with FlopCounterMode(display=False) as counter:
         net(x[:batch])
     passes = 12 if task == "distil" else 3  # ways forward that a step costs, with its way back
-    return seconds, passes * counter.get_total_flops(), peak
+    return work, passes * counter.get_total_flops()
+
+
+def measure(ways, task, batch, steps, width, device, threads, compiling, repeats):
+    """Median seconds a step of each way, in turn, with the same threads and the same malloc; the
+    operations of a step; and the peak memory of all in GB."""
+    torch.set_num_threads(threads)
+    iadd.tune(device)
+    jobs = [job(way, task, batch, steps, width, device, compiling) for way in ways]
+    seconds = [[median_seconds((work() for _ in range(2)), device) for work, _ in jobs]]
+    for _ in range(repeats):
+        seconds.append([median_seconds((work() for _ in range(1)), device) for work, _ in jobs])
+    medians = [statistics.median(times) / steps for times in zip(*seconds[1:] or seconds)]
+    return medians, jobs[0][1], peak_memory(device)
 
 
 def convolution_rate(precision, batch, device, threads, repeats=20):
@@ -2465,19 +2473,20 @@ def alone(function, *case):
         try:
             return pool.submit(function, *case).result()
         except (BrokenExecutor, torch.OutOfMemoryError):
-            return math.nan, math.nan, math.nan
+            return 3 * [math.nan], math.nan, math.nan
 
 
 def bench(quick, width=None, compiling=True):
     """Time each part of the method against the obvious way to write it, on random data."""
     device, gpu = torch.device(DEVICE), DEVICE == "cuda"
-    threads, repeats = torch.get_num_threads(), 2 if quick else 5
+    threads, repeats = torch.get_num_threads(), 2 if quick else 7
     settings = (width or (32 if quick else 128), device, threads, compiling)
     name = torch.cuda.get_device_name() if gpu else f"{threads} CPU threads"
-    print(f"{name}, torch {torch.__version__}, ConvNetD3 of width {settings[0]}")
-    print("of conv: share of the rate at which a convolution of its own runs, forward and back")
-    columns = f"{'obvious way':>12}{'here':>10}{'faster':>8}{'of conv':>9}"
-    print(f"\n{'milliseconds a step':<30}{columns}  peak memory -> here")
+    print(f"{name}, torch {torch.__version__}, ConvNetD3 of width {settings[0]}, all ways in turn")
+    print("obvious: MTT's unrolled graph, or an eager loop; of conv: share of the rate at which a")
+    print("convolution of 128 channels runs, forward and back, in that precision\n")
+    columns = f"{'obvious':>10}{'here':>10}{'faster':>8}{'of conv':>9}"
+    print(f"{'milliseconds a step':<28}{columns}  peak memory, GB")
     J = 5 if quick else 50 if gpu else 8
     for name, task, batch, steps, count, what in [
         ("distil", "distil", 10, J, 500, "10 iterations of 50 steps"),
@@ -2485,28 +2494,26 @@ def bench(quick, width=None, compiling=True):
         ("teachers", "train", 256, J, 196, "an epoch of CIFAR-10"),
         ("evaluation", "train", 10, 20 * J, 5000, "five networks, 1000 epochs"),
     ]:
-        slow, _, before = alone(measure, "obvious", task, batch, steps, *settings, repeats)
-        for precision in ("float32", "bf16"):
+        ways, case = ("obvious", "float32", "bf16"), (task, batch, steps, *settings)
+        (slow, *times), flops, _ = alone(measure, ways, *case, repeats)
+        before, *peaks = (alone(measure, (way,), *case, 0)[2] for way in ways)
+        for precision, fast, peak in zip(ways[1:], times, peaks):
             rate = alone(convolution_rate, precision, batch, device, threads)
-            fast, flops, after = alone(measure, precision, task, batch, steps, *settings, repeats)
-            line = f"{f'{name}, batch {batch}, {precision}':<30}{1000 * slow:>12.2f}"
+            line = f"{f'{name}, batch {batch}, {precision}':<28}{1000 * slow:>10.2f}"
             line += f"{1000 * fast:>10.2f}{slow / fast:>7.2f}x{flops / fast / rate:>9.0%}"
-            line += f"{before:>7.2f} -> {after:.2f} GB"
-            print(
-                f"{line}  {what}: {count * fast:.2f} s; conv {rate / 1e12:.2f} TFLOP/s", flush=True
-            )
-    for batch, precision in itertools.product((10,) if quick else (10, 100), ("float32", "bf16")):
-        case = (precision, "distil", batch)
-        few, many = (alone(measure, *case, J, *settings, 0)[2] for J in (5, 50))
-        print(f"peak memory at batch {batch}, {precision}: J = 5 {few:.2f} GB, J = 50", end=" ")
+            line += f"{before:>7.2f} -> {peak:.2f}  {what}: {count * fast:.2f} s;"
+            print(f"{line} conv: {rate / 1e12:.2f} TFLOP/s", flush=True)
+    for batch, way in itertools.product((10,) if quick else (10, 100), ("float32", "bf16")):
+        few, many = (alone(measure, (way,), "distil", batch, J, *settings, 0)[2] for J in (5, 50))
+        print(f"peak memory at batch {batch}, {way}: J = 5 {few:.2f} GB, J = 50", end=" ")
         print(f"{many:.2f} GB ({many / few - 1:+.0%})", flush=True)
 
 
 def test_bench(capsys, monkeypatch):
-    case = ("float32", "train", 4, 2, 4, torch.device("cpu"), 1, False, 1)
+    case = (("obvious", "bf16"), "train", 4, 2, 4, torch.device("cpu"), 1, False, 1)
     seconds, flops, peak = alone(measure, *case)
     macs = 32**2 * 4 * 3 * 9 + (16**2 + 8**2) * 4 * 4 * 9 + 64 * 10
-    assert seconds > 0 and flops == 3 * 4 * 2 * macs and 0.1 < peak < 2
+    assert min(seconds) > 0 and flops == 3 * 4 * 2 * macs and 0.1 < peak < 2
     monkeypatch.setitem(globals(), "alone", lambda function, *case: function(*case))  # quicker
     bench(quick=True, width=4, compiling=False)
     *lines, before, last = capsys.readouterr().out.splitlines()
