@@ -388,8 +388,7 @@ def train(ell, theta: Tensor, optimizer, x, y, epochs: int, batch: int, normalis
 
 def train_teacher(ell, theta: Tensor, x, y, epochs, seed: tuple, lr: float, batch: int, normalise):
     """Yields a teacher's parameters, (P,) on the CPU, after each of the epochs, from theta (P,) on.
-    Plain SGD, as MTT's, so theta is all its state. Each epoch has its own random stream: a resumed
-    trajectory is the same as one that was never stopped."""
+    Plain SGD, as MTT's: theta is all its state, and each epoch has a random stream of its own."""
     theta = theta.to(x.device, copy=True).requires_grad_()
     optimizer = torch.optim.SGD([theta], lr)
     for epoch in epochs:
@@ -987,8 +986,9 @@ class Run:
         if d.t == 0:
             self.draw()
         both = student_step(build("convnet", self.data, args), args.precision)
-        theta = self.teachers[0][0].to(args.device)
-        examples = (theta, d.alpha, *student_batches(d.images, d.labels, m.batch, m.J))
+        J = m.J if d.images.is_cuda else 2  # a CUDA graph is of all steps
+        x, y = torch.no_grad()(student_batches)(d.images, d.labels, m.batch, J)
+        examples = (self.teachers[0][0].to(args.device), d.alpha, x.requires_grad_(), y)
 
         def make(faster):
             return functools.partial(unroll, differentiable(*map(faster, both)))

@@ -218,8 +218,8 @@ def distilled(T=3, lr_w=0.0, compiling=False, segments=None, **settings):
     net, teachers, images, labels = matching_problem()
     m = iadd.Matching(J=3, K=2, max_start=2, batch=4, **settings)
     d = iadd.Distillation(images, labels, 0.05, count(net), 1000, 0.1, lr_w)
-    examples = (teachers[0][0].to(DEVICE), d.alpha, *iadd.student_batches(images, labels, 4, 3))
-    examples[2].requires_grad_()
+    x, y = iadd.student_batches(images, labels, 4, 3)
+    examples = (teachers[0][0].to(DEVICE), d.alpha, x.requires_grad_(), y)
     student = iadd.accelerated(functools.partial(student_of, net), examples, 0, compiling)
     losses = []
     iadd.distil(d, student, teachers, m, T, segments or range(m.S), losses.append)
@@ -2425,9 +2425,11 @@ def job(way, task, batch, steps, width, device, compiling):
         teachers = [torch.stack([theta, theta + 0.01 * torch.randn_like(theta)]).cpu()]
         d = iadd.Distillation(x, y, 0.01, len(theta), 1, 1e-7, 1e-4)
         make = functools.partial(student_of, net, precision=precision)
-        examples = (theta, d.alpha, *iadd.student_batches(d.images, y, batch, steps))
         student = functools.partial(iadd.unroll, unrolled_step(net))
         if ours:
+            J = steps if x.is_cuda else 2  # as `Run.to_the_end`
+            x_J, y_J = torch.no_grad()(iadd.student_batches)(x, y, batch, J)
+            examples = (theta, d.alpha, x_J.requires_grad_(), y_J)
             student = iadd.accelerated(make, examples, 0, compiling)
         m = iadd.Matching(J=steps, K=1, max_start=1, batch=batch)
         work = functools.partial(iadd.iteration, d, student, teachers, m, [0])
