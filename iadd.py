@@ -211,7 +211,8 @@ def iteration(d: Distillation, student, teachers: list[Tensor], m: Matching, seg
         segment = random_segment(teachers, m.K, m.max_start)  # line 4
         theta_start, theta_target = (theta.to(d.images.device) for theta in segment)
         x, y = student_batches(d.images, d.labels, m.batch, m.J)  # line 7
-        theta = student(theta_start, d.alpha, x, y)  # lines 5, 6, 8-10
+        alpha = 1 * d.alpha  # else its gradient is memory of a CUDA graph, which replays into it
+        theta = student(theta_start, alpha, x, y)  # lines 5, 6, 8-10
         d.mismatch = theta.detach() - theta_target  # as in Fig. 1
         weights = weigh(m.method, d.W, d.mismatch, m.epsilon)  # Eq. (6)
         part = iadd_loss(theta, theta_start, theta_target, weights) / m.S  # lines 11-13
@@ -234,7 +235,7 @@ def distil(d: Distillation, student, teachers, m: Matching, T: int, segments, af
 
 
 def uniform(x: Tensor, low: float, high: float) -> Tensor:
-    """A number from U(low, high) for each image of x, (N, 1, 1, 1), drawn on the CPU as all are."""
+    """A number from U(low, high) for each image of x, (N, 1, 1, 1), the same on every device."""
     return torch.rand(len(x), 1, 1, 1, dtype=x.dtype).to(x.device) * (high - low) + low
 
 
@@ -777,7 +778,7 @@ def accelerated(make, examples, images: int, wanted: bool | None):
 
 
 def results(function, inputs) -> list[Tensor]:
-    """How far it moves theta, the first of the inputs, and the gradients of that way's square."""
+    """What it returns, less theta, the first of the inputs, and gradients of the square of that."""
     moved = function(*inputs) - inputs[0].detach()
     learned = [x for x in inputs if x.requires_grad]
     return [moved.detach(), *torch.autograd.grad(moved.square().sum(), learned)]
@@ -787,9 +788,9 @@ def choose_precision(args: argparse.Namespace, settings: dict) -> None:
     """As typed, or as in a file that `load` found, or bf16 if the device has arithmetic for it."""
     cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     has_it = torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else cpu
+    args.precision = settings["precision"] = settings["precision"] or ("float32", "bf16")[has_it]
     if args.precision == "bf16" and not has_it:
         print("bf16 will be slow: this device has no arithmetic for it", file=sys.stderr)
-    args.precision = settings["precision"] = settings["precision"] or ("float32", "bf16")[has_it]
 
 
 def tune(device: torch.device) -> None:
@@ -825,8 +826,7 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, dict, Path]:
         idle = {"lr_w": args.method not in (None, "iadd"), "epsilon": args.method != "ddpp"}
         idle |= dict.fromkeys(("nets", "eval_epochs", "lr"), not args.eval_every)
     elif args.command == "eval":
-        idle = {"ipc": args.distilled, "method": args.distilled or args.name}
-        idle |= {"distilled": "distilled" not in args.on}
+        idle = {"method": args.distilled or args.name, "distilled": "distilled" not in args.on}
     for key, is_idle in idle.items():
         if is_idle and getattr(args, key) is not None:
             raise UserError(f"with the other options --{key.replace('_', '-')} has no effect")
@@ -1001,9 +1001,9 @@ class Run:
             self.save()
 
     def sum_gradients(self, *_) -> None:
-        """Before a step of the optimizer: over all processes."""
+        """Adds them up over all processes, before a step of the optimizer."""
         for x in (self.d.alpha, self.d.W, self.d.images):
-            if x.grad is not None:  # MTT learns no W
+            if x.grad is not None:  # only IADD learns W
                 sum_over_ranks(x.grad)
 
     def after_iteration(self, loss: Tensor) -> None:
@@ -1069,10 +1069,8 @@ def command_eval(args: argparse.Namespace) -> None:
     out = folder / args.name
     path = args.distilled or out / "distilled.pt"
     if "distilled" in args.on:
-        copy = (
-            {"fingerprint": None} if args.distilled else {}
-        )  # another version may decode otherwise
-        content = load(path, RESULT, shared | copy, args.sizes, "options must fit")
+        other = {"fingerprint": None} if args.distilled else {}  # image decoders differ
+        content = load(path, RESULT, shared | other, args.sizes, "options must fit")
         if content["classes"] != data.classes:
             raise UserError(f"{path} is of the classes {content['classes']}, {data.name} of others")
         args.ipc = len(content["labels"]) // len(data.classes)  # --name does not tell it
@@ -1171,6 +1169,8 @@ def command_plot(args: argparse.Namespace) -> None:
         ax.legend(*ax.get_legend_handles_labels())
     figure.savefig(out / "plot.png", dpi=130)
     pictures = [Image.open(path) for path in sorted(out.glob("images_*.png"))]
+    if not pictures:
+        raise UserError(f"{out} has no images_*.png to make evolution.gif of")
     first, *others = [x.reduce(math.ceil(max(x.size) / 1100)).quantize(128) for x in pictures]
     first.save(out / "evolution.gif", save_all=True, append_images=others, duration=250, loop=0)
     print(f"{out}/plot.png, {out}/evolution.gif")
