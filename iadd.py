@@ -8,7 +8,7 @@ Give all three the same options on data and network (here cifar10 is the default
 shapes` they need neither a GPU nor a download, and three minutes on two CPU cores.
 
 The paper: Guang Li, Ren Togo, Takahiro Ogawa, Miki Haseyama, Neural Networks 172, 2024, arXiv
-2401.15863; its are the sections, equations, figures, tables and lines (of Algorithm 1) named below.
+2401.15863. Sections, equations, figures, tables and lines (of Algorithm 1) below are that paper's.
 Train many teachers on the real data and keep their parameters before training and after every
 epoch. Then take a few real images per class (IPC) and repeat T times: let a student start where a
 random teacher was after a random early epoch i, take J steps of gradient descent on the augmented
@@ -231,7 +231,7 @@ def distil(d: Distillation, student, teachers, m: Matching, T: int, segments, af
         after_iteration(loss)
 
 
-# ---- 2. DSA, script A in Eq. (2) [47]. Of (N, C, H, W); every image draws its own parameters ----
+# ---- 2. DSA, script A in Eq. (2) [47]; x is (N, C, H, W), and every image draws its own parameters
 
 
 def uniform(x: Tensor, low: float, high: float) -> Tensor:
@@ -305,7 +305,7 @@ def augment(x: Tensor) -> Tensor:
     return torch.cat(done)[order.argsort()]  # in the order of x again
 
 
-# ---- 3. Networks (GroupNorm with a channel a group is instance normalisation) --------------------
+# ---- 3. Networks. GroupNorm with a channel a group is instance normalisation, without buffers ----
 
 
 def plain_network(shape, classes: int, layers: list, norm: bool = True) -> nn.Module:
@@ -701,7 +701,7 @@ def save(content: dict, path: Path) -> None:
 
 
 def check(found: dict, fields: str, sizes: dict) -> None:
-    """Raises an exception if fields lack, misfit or are not finite. sizes: of letters; gets all."""
+    """Raises an exception if fields lack, misfit or are not finite. sizes: of letters, grows."""
     for field in fields.split(", "):
         name, kind, *letters = field.split()
         x = found[name] if letters else torch.as_tensor(found[name])
@@ -860,7 +860,7 @@ def build(arch: str, data: Dataset, args: argparse.Namespace) -> nn.Module:
 
 
 def fast_loss(net: nn.Module, x: Tensor, y: Tensor, normalise, args, passes: int, wanted):
-    """`cross_entropy` of a network for mini-batches of x and y, in all passes, made faster."""
+    """`cross_entropy` of a network, made faster for mini-batches of x, y and so many passes."""
     loss, batch = cross_entropy(net, args.precision), min(args.batch_real, len(x))
     examples = (flat_parameters(net).requires_grad_(), normalise(x[:batch]), y[:batch])
     return accelerated(lambda faster: faster(loss), examples, passes * len(x), wanted)
