@@ -312,17 +312,16 @@ def plain_network(shape, classes: int, layers: list, norm: bool = True) -> nn.Mo
     """Convolutions (width, kernel), each with instance normalisation and ReLU, and halvings "avg"
     or "max"; then a linear layer. shape: (C, H, W) of the images."""
     channels, side, _ = shape
-    pools = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
     modules = []
     for layer in layers:
-        if layer in pools:
-            modules.append(pools[layer](2))
+        if layer in ("avg", "max"):
+            modules.append(nn.AvgPool2d(2) if layer == "avg" else nn.MaxPool2d(2))
             side //= 2
         else:
             width, kernel = layer
-            modules.append(nn.Conv2d(channels, width, kernel, padding=kernel // 2))
-            modules.append(nn.GroupNorm(width, width) if norm else nn.Identity())
-            modules.append(nn.ReLU())
+            convolution = nn.Conv2d(channels, width, kernel, padding=kernel // 2)
+            normalisation = nn.GroupNorm(width, width) if norm else nn.Identity()
+            modules += [convolution, normalisation, nn.ReLU()]
             channels = width
     return nn.Sequential(*modules, nn.Flatten(), nn.Linear(channels * side * side, classes))
 
@@ -369,10 +368,9 @@ def minibatches(n: int, batch: int, J: int) -> Tensor:
     """Indices of J mini-batches, (J, batch), batch <= n, on the CPU. Each pass over the n images is
     a fresh permutation, cut into batches, the last filled up with the first images of the pass."""
     in_a_pass = math.ceil(n / batch)
-    passes = math.ceil(J / in_a_pass)
-    permutations = torch.rand(passes, n).argsort(1)
+    permutations = torch.rand(math.ceil(J / in_a_pass), n).argsort(1)  # a row for each pass
     filled = permutations[:, torch.arange(in_a_pass * batch) % n]  # (passes, in_a_pass * batch)
-    return filled.view(passes * in_a_pass, batch)[:J]
+    return filled.view(-1, batch)[:J]
 
 
 def train(ell, theta: Tensor, optimizer, x, y, epochs: int, batch: int, normalise) -> None:
@@ -749,8 +747,8 @@ def claim(folder: Path, args: argparse.Namespace):
 
 def accelerated(make, examples, images: int, wanted: bool | None):
     """make(identity), a function of theta and more, or the same made faster: make(torch.compile),
-    and on a GPU recorded as a CUDA graph (then shapes must not change, and the next call overwrites
-    a result). What fails with the example inputs, or gives other results, is done without. wanted:
+    on a GPU as a CUDA graph (of fixed shapes; the next call overwrites a result). What fails with
+    the examples, or is off by half, is done without. Raises MemoryError or its like. wanted:
     --compile, --no-compile, or None to compile if `images` in all steps make up for the time."""
     examples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in examples)
     plain, cuda = make(nn.Identity()), examples[0].is_cuda
@@ -774,6 +772,7 @@ def accelerated(make, examples, images: int, wanted: bool | None):
             raise
         why = f"{type(error).__name__}: {error}".splitlines()[0][:99]
     print(f"without {'torch.compile' if compiles else 'CUDA graphs'}: {why}", file=sys.stderr)
+    fast = None  # frees its graph
     return accelerated(make, examples, 0, None) if compiles else plain
 
 
@@ -800,9 +799,8 @@ def tune(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are recorded on the current one
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another system, another malloc
-        mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, and
-            mallopt(option, value)  # M_ARENA_MAX: what one thread frees is there for all
+            ctypes.CDLL(None).mallopt(option, value)  # M_ARENA_MAX: what one frees is for all
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -864,6 +862,18 @@ def fast_loss(net: nn.Module, x: Tensor, y: Tensor, normalise, args, passes: int
     loss, batch = cross_entropy(net, args.precision), min(args.batch_real, len(x))
     examples = (flat_parameters(net).requires_grad_(), normalise(x[:batch]), y[:batch])
     return accelerated(lambda faster: faster(loss), examples, passes * len(x), wanted)
+
+
+def fast_student(net: nn.Module, theta: Tensor, d: Distillation, m: Matching, args):
+    """`unroll` with a network's `student_step`, made faster; a step counts as 4 of a training."""
+    both = student_step(net, args.precision)
+    J = m.J if args.device.type == "cuda" else 2  # a CUDA graph is of all steps
+    examples = (theta.to(args.device), d.alpha, *student_batches(d.images, d.labels, m.batch, J))
+
+    def make(faster):
+        return functools.partial(unroll, differentiable(*map(faster, both)))
+
+    return accelerated(make, examples, 4 * args.iterations * m.S * m.J * m.batch, args.compile)
 
 
 def command_teachers(args: argparse.Namespace) -> None:
@@ -977,7 +987,6 @@ class Run:
         """Algorithm 1, from iteration d.t to T. Saves, also if interrupted."""
         args, d = self.args, self.d
         mine = range(args.rank, args.segments, args.ranks)
-        images = 4 * args.iterations * args.segments * args.steps * args.batch  # 4: and back again
         d.optimizer.register_step_pre_hook(self.sum_gradients)
         names = "steps expert_epochs max_start_epoch batch segments method epsilon seed"
         m = Matching(*pick(args, names).values())  # in the order of its fields
@@ -985,15 +994,7 @@ class Run:
         self.save()
         if d.t == 0:
             self.draw()
-        both = student_step(build("convnet", self.data, args), args.precision)
-        J = m.J if d.images.is_cuda else 2  # a CUDA graph is of all steps
-        x, y = torch.no_grad()(student_batches)(d.images, d.labels, m.batch, J)
-        examples = (self.teachers[0][0].to(args.device), d.alpha, x.requires_grad_(), y)
-
-        def make(faster):
-            return functools.partial(unroll, differentiable(*map(faster, both)))
-
-        student = accelerated(make, examples, images, args.compile)
+        student = fast_student(build("convnet", self.data, args), self.teachers[0][0], d, m, args)
         try:
             with progress(total=args.iterations, initial=d.t, unit="it") as self.bar:
                 distil(d, student, self.teachers, m, args.iterations, mine, self.after_iteration)
@@ -1262,9 +1263,8 @@ def start_process(args: argparse.Namespace) -> None:
         torch.zeros(1, device=device, dtype=torch.float64).item()  # W is float64
     except Exception as error:  # whatever a missing backend raises
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0][:99]}") from None
-    args.device = device
     tune(device)
-    args.rank, args.ranks = 0, 1
+    args.device, args.rank, args.ranks = device, 0, 1
     if launched:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))

@@ -2426,21 +2426,18 @@ def job(way, task, batch, steps, width, device, compiling):
     net, x = iadd.convnet((3, 32, 32), 10, width).to(device), torch.randn(n, 3, 32, 32).to(device)
     theta, y = flat_parameters(net), torch.arange(n, device=device) % 10
     ours, precision = way in ("float32", "bf16"), "bf16" if way == "bf16" else "float32"
+    args = SimpleNamespace(device=device, precision=precision, batch_real=batch)
+    args.iterations, args.compile = 0, ours and compiling
     if task == "distil":
         teachers = [torch.stack([theta, theta + 0.01 * torch.randn_like(theta)]).cpu()]
         d = iadd.Distillation(x, y, 0.01, len(theta), 1, 1e-7, 1e-4)
-        make = functools.partial(student_of, net, precision=precision)
+        m = iadd.Matching(J=steps, K=1, max_start=1, batch=batch)
         student = functools.partial(iadd.unroll, unrolled_step(net))
         if ours:
-            J = steps if x.is_cuda else 2  # as `Run.to_the_end`
-            x_J, y_J = torch.no_grad()(iadd.student_batches)(x, y, batch, J)
-            examples = (theta, d.alpha, x_J.requires_grad_(), y_J)
-            student = iadd.accelerated(make, examples, 0, compiling)
-        m = iadd.Matching(J=steps, K=1, max_start=1, batch=batch)
+            student = iadd.fast_student(net, theta, d, m, args)
         work = functools.partial(iadd.iteration, d, student, teachers, m, [0])
     else:
-        args = SimpleNamespace(precision=precision, batch_real=batch)
-        ell = iadd.fast_loss(net, x, y, unchanged, args, 0, ours and compiling)
+        ell = iadd.fast_loss(net, x, y, unchanged, args, 0, args.compile)
         optimizer = torch.optim.SGD([theta.requires_grad_()], 0.01, momentum=0.9)
         work = functools.partial(iadd.train, ell, theta, optimizer, x, y, 1, batch, unchanged)
     with FlopCounterMode(display=False) as counter:
@@ -2462,7 +2459,7 @@ def measure(ways, task, batch, steps, width, device, threads, compiling, repeats
     return medians, jobs[0][1], peak_memory(device)
 
 
-def convolution_rate(precision, batch, device, threads, repeats=20):
+def convolution_rate(precision, batch, device, threads, repeats):
     """FLOP/s of a 3x3 convolution of 128 channels on 16x16 pixels, with its way back."""
     torch.set_num_threads(threads)
     iadd.tune(device)
@@ -2505,7 +2502,7 @@ def bench(quick, width=None, compiling=True):
         (slow, *times), flops, _ = alone(measure, ways, *case, repeats)
         before, *peaks = (alone(measure, (way,), *case, 0)[2] for way in ways)
         for precision, fast, peak in zip(ways[1:], times, peaks):
-            rate = alone(convolution_rate, precision, batch, device, threads)
+            rate = alone(convolution_rate, precision, batch, device, threads, 3 if quick else 20)
             line = f"{f'{name}, batch {batch}, {precision}':<28}{1000 * slow:>10.2f}"
             line += f"{1000 * fast:>10.2f}{slow / fast:>7.2f}x{flops / fast / rate:>9.0%}"
             line += f"{before:>7.2f} -> {peak:.2f}  {what}: {count * fast:.2f} s;"
