@@ -5,7 +5,7 @@
     python iadd.py eval --arch vgg11            # fresh networks, trained on them   (Section 4.1)
 
 Give all three the same options on data and network (here cifar10 is the default). With `--dataset
-shapes` they need neither a GPU nor a download, and three minutes on two CPU cores.
+shapes` they take three minutes on two CPU cores, without a GPU or a download.
 
 The paper: Guang Li, Ren Togo, Takahiro Ogawa, Miki Haseyama, Neural Networks 172, 2024, arXiv
 2401.15863. Sections, equations, figures, tables and lines (of Algorithm 1) below are that paper's.
@@ -13,7 +13,7 @@ Train many teachers on the real data and keep their parameters before training a
 epoch. Then take a few real images per class (IPC) and repeat T times: let a student start where a
 random teacher was after a random early epoch i, take J steps of gradient descent on the augmented
 distilled images, and compare where it arrives with where the teacher stood K epochs later. Their
-squared distance, each parameter weighted by its importance W, relative to the way of the teacher,
+squared distance, each parameter weighted by its importance W, relative to the teacher's own,
 is back-propagated through all J steps into the images, the student's learning rate alpha and W.
 With W = 1 this is MTT (Cazenavette et al., CVPR 2022), whose settings fill the paper's gaps.
 
@@ -29,7 +29,7 @@ Glossary
     K           epochs of a teacher (the paper: its updates)          --expert-epochs
     max_start   a student starts at an epoch i < max_start            I+, --max-start-epoch
     S           segments of teachers, averaged; the paper: 1          --segments
-    DSA         differentiable Siamese augmentation                   script A, Eq. (2), [47]
+    DSA         differentiable Siamese augmentation                   the curly A, Eq. (2), [47]
 """
 
 import argparse
@@ -70,9 +70,8 @@ def flat_parameters(net: nn.Module) -> Tensor:
 
 
 def cross_entropy(net: nn.Module, precision: str = "float32"):
-    """The loss of a network, which computes in "float32" or "bf16" (bfloat16), as ell(theta, x, y):
-    (P,), (B, C, H, W), (B,) -> (). ell raises RuntimeError if the network has buffers, as BatchNorm
-    has: matching would leave them out."""
+    """The loss of a network, in bfloat16 ("bf16") or in the dtype of theta, as ell(theta, x, y):
+    (P,), (B, C, H, W), (B,) -> (). RuntimeError if it has buffers, which would not be matched."""
     named = dict(net.named_parameters())
     sizes = [p.numel() for p in named.values()]
 
@@ -88,7 +87,7 @@ def cross_entropy(net: nn.Module, precision: str = "float32"):
 
 def student_step(net: nn.Module, precision: str = "float32"):
     """The step of Eq. (2), for theta (P,), alpha (), x (B, C, H, W), y (B,), and its backward pass:
-    from v, the gradient w.r.t. the step's result, those w.r.t. theta, alpha and x, (I - alpha H) v,
+    v, the gradient w.r.t. its result, becomes those w.r.t. theta, alpha and x: (I - alpha H) v,
     -<v, g> and -alpha (dg/dx)^T v. Here g is the gradient of ell in theta and H its Hessian."""
     gradient = torch.func.grad(cross_entropy(net, precision))
 
@@ -105,7 +104,7 @@ def student_step(net: nn.Module, precision: str = "float32"):
 
 def differentiable(step, step_back):
     """`step` with `step_back` as its backward pass. create_graph=True would keep the activations of
-    all J steps until then; this keeps only the inputs of each step and recomputes its activations:
+    all J steps for it; this keeps only the inputs of each step and recomputes its activations:
     the same gradients, in memory that hardly grows with J."""
 
     class Step(torch.autograd.Function):
@@ -127,6 +126,11 @@ def unroll(step, theta: Tensor, alpha: Tensor, x: Tensor, y: Tensor) -> Tensor:
     for x_j, y_j in zip(x, y):  # lines 6, 10
         theta = step(theta, alpha, x_j, y_j)  # lines 8, 9
     return theta
+
+
+def make_student(net: nn.Module, precision: str = "float32", faster=lambda step: step):
+    """`unroll` with the step of a network. faster: applied to `step` and `step_back`."""
+    return functools.partial(unroll, differentiable(*map(faster, student_step(net, precision))))
 
 
 def iadd_loss(theta: Tensor, theta_start: Tensor, theta_target: Tensor, W: Tensor) -> Tensor:
@@ -203,7 +207,7 @@ def student_batches(images: Tensor, labels: Tensor, batch: int, J: int) -> tuple
 
 def iteration(d: Distillation, student, teachers: list[Tensor], m: Matching, segments) -> Tensor:
     """Lines 4-14 of Algorithm 1: updates d, returns the loss, (). segments: range(S), or the share
-    of this process. student: partial(unroll, differentiable(*student_step(net)))."""
+    of this process. student: of `make_student`."""
     d.optimizer.zero_grad()
     loss = d.W.new_zeros(())
     for s in segments:
@@ -211,7 +215,7 @@ def iteration(d: Distillation, student, teachers: list[Tensor], m: Matching, seg
         segment = random_segment(teachers, m.K, m.max_start)  # line 4
         theta_start, theta_target = (theta.to(d.images.device) for theta in segment)
         x, y = student_batches(d.images, d.labels, m.batch, m.J)  # line 7
-        alpha = 1 * d.alpha  # else its gradient is memory of a CUDA graph, which replays into it
+        alpha = 1 * d.alpha  # else .grad is memory that the next replay of a CUDA graph rewrites
         theta = student(theta_start, alpha, x, y)  # lines 5, 6, 8-10
         d.mismatch = theta.detach() - theta_target  # as in Fig. 1
         weights = weigh(m.method, d.W, d.mismatch, m.epsilon)  # Eq. (6)
@@ -231,7 +235,7 @@ def distil(d: Distillation, student, teachers, m: Matching, T: int, segments, af
         after_iteration(loss)
 
 
-# ---- 2. DSA, script A in Eq. (2) [47]; x is (N, C, H, W), and every image draws its own parameters
+# ---- 2. DSA, the curly A in Eq. (2) [47]; x is (N, C, H, W), each image draws its own parameters
 
 
 def uniform(x: Tensor, low: float, high: float) -> Tensor:
@@ -458,7 +462,7 @@ class Normalisation:
             out.copy_((x.flatten(-3) @ self.scale).view_as(x) if self.zca else x * self.scale)
         return z
 
-    def prepare(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def on_device(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Images and labels on the device, whitened; without ZCA as uint8, a quarter as large."""
         x, y = (tensor.to(self.mean.device) for tensor in pair)
         return (self(x) if self.zca else x), y
@@ -493,7 +497,7 @@ class UserError(Exception):
 
 
 # ---- 6. Settings (default < preset < what the user typed) and datasets ---------------------------
-# The paper's (Sections 4.1, 4.2, 4.5; covid's T is assumed), but lr_teacher, batch_real: MTT's
+# The paper's (Sections 4.1, 4.2, 4.5); lr_teacher, batch_real: MTT's; epsilon, covid's T: guesses
 DEFAULTS = {"epochs": 50, "lr_teacher": 0.01, "batch_real": 256, "iterations": 5000, "width": 128}
 DEFAULTS |= {"method": "iadd", "lr_w": 1e-4, "epsilon": 0.1, "nets": 5}
 SMALL = {"epochs": 10, "lr_teacher": 0.02, "batch_real": 64, "iterations": 200, "width": 32}
@@ -514,7 +518,7 @@ shapes          1        6    10             2               4    300     1e-5  
 
 
 def preset(name: str, ipc: int) -> dict:
-    """Settings of a dataset (of a folder cifar10's) for the next smaller IPC, or the smallest."""
+    """Settings of a dataset (a folder: of cifar10) at the largest IPC <= ipc, else at the least."""
     header, *lines = [line.split() for line in PRESETS.strip().splitlines()]
     table = [dict(zip(header, [line[0], *map(ast.literal_eval, line[1:])])) for line in lines]
     rows = [row for row in table if row["dataset"] == name] or table[:3]  # CIFAR-10's
@@ -600,7 +604,7 @@ def read_image(path: Path, size: int | None, mode: str) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
                 raise ValueError(f"its pixels are of mode {image.mode}; 8-bit images are needed")
-            if max(image.size) > 512 and not size:  # nor can --size be more
+            if max(image.size) > 512 and not size:  # the most --size takes
                 raise ValueError(f"it has {image.size} pixels; --size N makes all images N x N")
             image = ImageOps.exif_transpose(image).convert(mode)
             if size:
@@ -621,7 +625,7 @@ def read_dataset(name: str, train: dict, test: dict, size, only, mode: str = "RG
     labels = [k for part in parts for k, c in enumerate(classes) for _ in part[c]]
     reading = ThreadPoolExecutor().map(lambda file: read_image(file, size, mode), files)
     arrays = list(progress(reading, desc=f"reading {name}", total=len(files)))
-    side = int(np.bincount([array.shape[1] for array in arrays]).argmax())  # of most
+    side = int(np.bincount([array.shape[1] for array in arrays]).argmax())  # the commonest
     for file, array in zip(files, arrays):
         if array.shape[1:] != (side, side):
             raise UserError(f"{file} has {array.shape[1:]} pixels, not {side, side}; see --size")
@@ -699,18 +703,18 @@ def save(content: dict, path: Path) -> None:
 
 
 def check(found: dict, fields: str, sizes: dict) -> None:
-    """Raises an exception if fields lack, misfit or are not finite. sizes: of letters, grows."""
+    """Raises if a field is missing, misfits or is not finite. sizes: of letters; grows."""
     for field in fields.split(", "):
         name, kind, *letters = field.split()
         x = found[name] if letters else torch.as_tensor(found[name])
         lengths = [sizes.setdefault(letter, n) for letter, n in zip(letters, x.shape, strict=True)]
         fine = x.dtype == getattr(torch, kind) and lengths == [*x.shape] and x.isfinite().all()
-        if not fine or (name in SMALLEST and x.min() < SMALLEST[name]):  # nor can it be empty then
+        if not fine or (name in SMALLEST and x.min() < SMALLEST[name]):  # min() of none raises
             raise ValueError(f"no {field!r} with {sizes}")
 
 
 def load(path: Path, fields: str, wanted: dict, sizes: dict, remedy="make it anew") -> dict:
-    """What `save` wrote, or UserError. A setting that is wanted to be None becomes the file's."""
+    """What `save` wrote, or UserError. Settings wanted as None are taken from the file."""
     try:
         code = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with zipfile.ZipFile(path) as records:  # as which torch saves, with a CRC for each record
@@ -718,7 +722,7 @@ def load(path: Path, fields: str, wanted: dict, sizes: dict, remedy="make it ane
                 raise ValueError(f"it would run {code}" if code else "wrong CRC")
         content = torch.load(path, map_location="cpu", mmap=fields == TEACHER, weights_only=True)
         given = content["settings"]
-        given.setdefault("precision", "float32")  # of a version before it was a setting
+        given.setdefault("precision", "float32")  # a file older than --precision
         check(given, "zca bool, width int64, depth int64", {})
         wanted.update({k: given.get(k) for k, v in wanted.items() if v is None})
         wrong = [f"{k} {given.get(k)}, not {v}" for k, v in wanted.items() if given.get(k) != v]
@@ -746,12 +750,12 @@ def claim(folder: Path, args: argparse.Namespace):
 
 
 def accelerated(make, examples, images: int, wanted: bool | None):
-    """make(identity), a function of theta and more, or the same made faster: make(torch.compile),
-    on a GPU as a CUDA graph (of fixed shapes; the next call overwrites a result). What fails with
-    the examples, or is off by half, is done without. Raises MemoryError or its like. wanted:
-    --compile, --no-compile, or None to compile if `images` in all steps make up for the time."""
+    """make(lambda f: f), or the same function made faster: make(torch.compile), on a GPU recorded
+    as a CUDA graph (of fixed shapes; each call overwrites the last result). If that fails with the
+    examples, but for lack of memory, or is off by half, it is left out. wanted: --compile,
+    --no-compile (nor a graph), or None to compile if `images` in all steps repay the time."""
     examples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in examples)
-    plain, cuda = make(nn.Identity()), examples[0].is_cuda
+    plain, cuda = make(lambda f: f), examples[0].is_cuda
     compiles = wanted or (wanted is None and images >= (3_000_000 if cuda else 120_000))
     if wanted is False or not (compiles or cuda):
         return plain
@@ -763,7 +767,7 @@ def accelerated(make, examples, images: int, wanted: bool | None):
         if cuda:
             gc.collect()  # an old graph that Python frees only while this is recorded spoils it
             fast = torch.cuda.make_graphed_callables(fast, examples)
-        pairs = zip(results(fast, examples), results(plain, examples))
+        pairs = zip(trial(fast, examples), trial(plain, examples))
         if all((a - b).norm() <= 0.5 * b.norm() for a, b in pairs):  # in bf16 they differ by 0.15
             return fast
         why = "it gives other results"
@@ -773,11 +777,11 @@ def accelerated(make, examples, images: int, wanted: bool | None):
         why = f"{type(error).__name__}: {error}".splitlines()[0][:99]
     print(f"without {'torch.compile' if compiles else 'CUDA graphs'}: {why}", file=sys.stderr)
     fast = None  # frees its graph
-    return accelerated(make, examples, 0, None) if compiles else plain
+    return accelerated(make, examples, 0, None) if compiles else plain  # perhaps as a graph
 
 
-def results(function, inputs) -> list[Tensor]:
-    """What it returns, less theta, the first of the inputs, and gradients of the square of that."""
+def trial(function, inputs) -> list[Tensor]:
+    """function(*inputs) less inputs[0] (by broadcasting), and the gradients of its square."""
     moved = function(*inputs) - inputs[0].detach()
     learned = [x for x in inputs if x.requires_grad]
     return [moved.detach(), *torch.autograd.grad(moved.square().sum(), learned)]
@@ -785,10 +789,10 @@ def results(function, inputs) -> list[Tensor]:
 
 def choose_precision(args: argparse.Namespace, settings: dict) -> None:
     """As typed, or as in a file that `load` found, or bf16 if the device has arithmetic for it."""
-    cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    has_it = torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else cpu
-    args.precision = settings["precision"] = settings["precision"] or ("float32", "bf16")[has_it]
-    if args.precision == "bf16" and not has_it:
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    native = torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else native
+    args.precision = settings["precision"] = settings["precision"] or ("float32", "bf16")[native]
+    if args.precision == "bf16" and not native:
         print("bf16 will be slow: this device has no arithmetic for it", file=sys.stderr)
 
 
@@ -827,15 +831,15 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, dict, Path]:
         idle = {"method": args.distilled or args.name, "distilled": "distilled" not in args.on}
     for key, is_idle in idle.items():
         if is_idle and getattr(args, key) is not None:
-            raise UserError(f"with the other options --{key.replace('_', '-')} has no effect")
+            raise UserError(f"--{key.replace('_', '-')} has no effect with the other options")
     args.ipc = args.ipc or 1
     for key, value in preset(args.dataset, args.ipc).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     if args.command != "teachers":
-        seed = args.seed if args.command == "distill" else 0  # eval's is that of its networks
+        seed = args.seed if args.command == "distill" else 0  # eval's --seed is its networks'
         args.name = args.name or f"ipc{args.ipc}_{args.method}_seed{seed}"
-        if args.name != Path(args.name).name or args.name.startswith("teachers"):
+        if args.name != Path(args.name).name or args.name.startswith(("teachers", "..")):
             raise UserError(f"--name {args.name} cannot be the name of a result's folder")
     data = load_dataset(args.dataset, args.data_dir, args.size, args.classes)
     args.depth = args.depth or max(1, round(math.log2(data.shape[1])) - 2)  # Sections 4.2, 4.5
@@ -866,13 +870,9 @@ def fast_loss(net: nn.Module, x: Tensor, y: Tensor, normalise, args, passes: int
 
 def fast_student(net: nn.Module, theta: Tensor, d: Distillation, m: Matching, args):
     """`unroll` with a network's `student_step`, made faster; a step counts as 4 of a training."""
-    both = student_step(net, args.precision)
     J = m.J if args.device.type == "cuda" else 2  # a CUDA graph is of all steps
     examples = (theta.to(args.device), d.alpha, *student_batches(d.images, d.labels, m.batch, J))
-
-    def make(faster):
-        return functools.partial(unroll, differentiable(*map(faster, both)))
-
+    make = functools.partial(make_student, net, args.precision)
     return accelerated(make, examples, 4 * args.iterations * m.S * m.J * m.batch, args.compile)
 
 
@@ -880,7 +880,7 @@ def command_teachers(args: argparse.Namespace) -> None:
     """Train teachers on the real data and keep their parameters after every epoch (Section 3.1)."""
     shorten = args.epochs is None and args.ipc is not None
     data, settings, folder = prepare(args)
-    if shorten:  # to the only epochs that distill with the preset of this IPC reads
+    if shorten:  # to those that distill reads with the preset of this IPC
         args.epochs = args.max_start_epoch - 1 + args.expert_epochs
     settings |= pick(args, "lr_teacher batch_real seed precision")
     paths = [folder / "teachers" / f"{k:03d}.pt" for k in range(args.teachers)]
@@ -894,13 +894,13 @@ def command_teachers(args: argparse.Namespace) -> None:
         if todo:
             print(f"settings: {settings}, {args.epochs} epochs; {args.machine}")
             train_teachers(args, data, settings, todo[args.rank :: args.ranks], found)
-        sum_over_ranks(torch.zeros(1))  # nor leaves the folder to other runs
+        sum_over_ranks(torch.zeros(1))  # nobody leaves while others write
 
 
 def train_teachers(args, data: Dataset, settings: dict, paths: list[Path], found: dict) -> None:
     """Trains the teachers at `paths` to the end, from what was found of them. Raises UserError."""
     normalise = Normalisation.fit(data.train[0], args.zca, args.device)
-    (x, y), test = normalise.prepare(data.train), normalise.prepare(data.test)
+    (x, y), test = normalise.on_device(data.train), normalise.on_device(data.test)
     net = build("convnet", data, args)
     ell = fast_loss(net, x, y, normalise, args, args.teachers * args.epochs, args.compile)
     how = (args.lr_teacher, args.batch_real, normalise)
@@ -1016,13 +1016,13 @@ class Run:
         if not (last or test or d.t % 10 == 0):
             return
         if not (d.alpha > 0 and all(x.isfinite().all() for x in (loss, d.alpha, d.images, d.W))):
-            bad = f"diverged by {d.t} (loss {loss:.4g}, alpha {d.alpha:.4g}); kept is iteration"
+            bad = f"diverged by {d.t} (loss {loss:.4g}, alpha {d.alpha:.4g}); kept: iteration"
             raise UserError(f"{bad} {self.good['iteration']}; --restart with lower learning rates")
         self.log_row()
         if test:
-            sample = functools.partial(tuple, (d.images.detach(), d.labels))
-            what = ("distilled", "convnet", sample, args.lr or d.alpha.item(), self.out, d.t)
-            evaluate(args, self.data, self.normalise, *what, compile=False)
+            now, lr = (d.images.detach(), d.labels), args.lr or d.alpha.item()
+            what = ("distilled", "convnet", lambda: now, lr, self.out, d.t)
+            evaluate(args, self.data, self.normalise, *what, compile=False)  # it would undo ours
         if last or d.t % (10 * math.ceil(args.iterations / 200)) == 0:  # 20 times
             self.draw()
         self.keep()
@@ -1067,10 +1067,11 @@ def command_eval(args: argparse.Namespace) -> None:
     """Train fresh networks on the distilled images and test them on real ones (Section 4.1)."""
     args.name = args.name or (args.distilled and args.distilled.stem)
     data, shared, folder = prepare(args)
+    choose_precision(args, vars(args))
     out = folder / args.name
     path = args.distilled or out / "distilled.pt"
     if "distilled" in args.on:
-        other = {"fingerprint": None} if args.distilled else {}  # image decoders differ
+        other = {"fingerprint": None} if args.distilled else {}  # decoders differ, so pixels do
         content = load(path, RESULT, shared | other, args.sizes, "options must fit")
         if content["classes"] != data.classes:
             raise UserError(f"{path} is of the classes {content['classes']}, {data.name} of others")
@@ -1083,7 +1084,7 @@ def command_eval(args: argparse.Namespace) -> None:
         if on == "distilled":
             return content["images"].to(args.device), content["labels"].to(args.device)
         if on == "full":
-            return normalise.prepare(data.train)
+            return normalise.on_device(data.train)
         if on == "random":
             return real_images(data, normalise, args.ipc)
         teacher = load(folder / "teachers/000.pt", TEACHER, shared, args.sizes)
@@ -1091,7 +1092,6 @@ def command_eval(args: argparse.Namespace) -> None:
         choose = functools.partial(herding, build("convnet", data, args), theta, args.ipc)
         return real_images(data, normalise, args.ipc, choose)
 
-    choose_precision(args, vars(args))
     sets = {on: training_set(on) for on in args.on}
     of = path if "distilled" in args.on else data.name
     print(f"\n{of}, IPC {args.ipc}: test accuracy after the last epoch, mean ± std")
@@ -1120,7 +1120,7 @@ def herding(net: nn.Sequential, theta: Tensor, ipc: int, x: Tensor) -> Tensor:
 
 def evaluate(args, data: Dataset, normalise, on, arch, sample, lr, out: Path, t, compile) -> None:
     """Trains new networks on what `sample()` returns, tests them, prints and writes a row."""
-    start, test = time.time(), normalise.prepare(data.test)
+    start, test = time.time(), normalise.on_device(data.test)
     epochs = args.eval_epochs or (args.epochs if on == "full" else 1000)
     net, classes = build(arch, data, args), len(data.classes)
     ell = fast_loss(net, *sample(), normalise, args, args.nets * epochs, compile)
@@ -1150,7 +1150,7 @@ def command_plot(args: argparse.Namespace) -> None:
 
     out = args.folder
     content = load(out / "distilled.pt", HISTORY, {}, {})
-    path, x = out / "results.jsonl", r"(\d+\.\d+(?:e-\d+)?)"  # a line that was cut does not matter:
+    path, x = out / "results.jsonl", r"(\d+\.\d+(?:e-\d+)?)"  # skips a line that was cut
     row = rf'"arch": "(\w+)", "iteration": (\d+), "mean": {x}, "std": {x}'
     tests = re.findall(row, path.read_text(errors="replace") if path.exists() else "")
     columns = dict(zip(Run.COLUMNS.split(","), content["log"].T))
@@ -1223,7 +1223,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(data, "--precision", choices=["float32", "bf16"], help="(bf16 if the device has it)")
     add(data + " plot", "--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
     add(teach, "--teachers", type=whole, help="how many (preset, 200 in the paper for CIFAR)")
-    add(teach, "--epochs", type=whole, help="of each (50; with --ipc those that distill reads)")
+    add(teach, "--epochs", type=whole, help="of each (preset; with --ipc those distill reads)")
     add(teach, "--lr-teacher", type=above_zero, help="learning rate, plain SGD (preset, .01)")
     add(teach, "--batch-real", type=whole, help="images a step (preset, 256)")
     add(dist, "--iterations", type=whole, help="T (preset, 5000 in the paper)")
@@ -1284,7 +1284,7 @@ def main(argv: list[str] | None = None) -> int:
         args.function(args)
         return 0
     except KeyboardInterrupt:
-        print("iadd.py: interrupted; the same command, less --restart, goes on", file=stderr)
+        print("iadd.py: interrupted; teachers and distill, without --restart, go on", file=stderr)
         return 130
     except (UserError, OSError, ImportError, MemoryError, RuntimeError) as error:
         if type(error) is RuntimeError and not re.search("allocate memory|overflow", str(error)):

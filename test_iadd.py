@@ -207,12 +207,6 @@ def matching_problem():
     return net, teachers, images, labels.to(DEVICE)
 
 
-def student_of(net, faster=unchanged, precision="float32"):
-    """J steps of a student, as iadd.py makes them."""
-    step = iadd.differentiable(*map(faster, iadd.student_step(net, precision)))
-    return functools.partial(iadd.unroll, step)
-
-
 def distilled(T=3, lr_w=0.0, compiling=False, segments=None, **settings):
     """That problem after T iterations, and their losses. compiling: as --compile says."""
     net, teachers, images, labels = matching_problem()
@@ -220,7 +214,7 @@ def distilled(T=3, lr_w=0.0, compiling=False, segments=None, **settings):
     d = iadd.Distillation(images, labels, 0.05, count(net), 1000, 0.1, lr_w)
     x, y = iadd.student_batches(images, labels, 4, 3)
     examples = (teachers[0][0].to(DEVICE), d.alpha, x.requires_grad_(), y)
-    student = iadd.accelerated(functools.partial(student_of, net), examples, 0, compiling)
+    student = iadd.accelerated(functools.partial(iadd.make_student, net), examples, 0, compiling)
     losses = []
     iadd.distil(d, student, teachers, m, T, segments or range(m.S), losses.append)
     return d, losses
@@ -339,7 +333,7 @@ def test_precision_of_every_way():
 
     def way(faster, precision, dtype=torch.float32):
         theta, alpha, x, W = (leaf.detach().to(dtype).requires_grad_() for leaf in leaves)
-        end = student_of(net.to(dtype), faster, precision)(theta, alpha, x, y)
+        end = iadd.make_student(net.to(dtype), precision, faster)(theta, alpha, x, y)
         loss = iadd.iadd_loss(end, start.to(dtype), target.to(dtype), W)
         return [end.detach() - theta.detach(), *torch.autograd.grad(loss, (theta, alpha, x, W))]
 
@@ -358,7 +352,7 @@ def test_bf16_is_for_the_network_alone():
     net[0].register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
     loss = iadd.cross_entropy(net, "bf16")(theta, x[0], y[0])
     assert loss.dtype == torch.float32 and {t.dtype for t in seen} == {torch.bfloat16}
-    end = student_of(net, precision="bf16")(theta, alpha, x, y)
+    end = iadd.make_student(net, "bf16")(theta, alpha, x, y)
     found = torch.autograd.grad(end.sum(), (theta, alpha, x))
     assert all(t.dtype == torch.float32 for t in (end, *found))
     assert (end != end.bfloat16()).any()  # the step itself is not rounded
@@ -717,7 +711,7 @@ def test_channels_are_normalised_with_each_mini_batch():
     images, y = correlated_images(40), torch.arange(40) % 3
     net = iadd.convnet((3, 4, 4), 3, width=4, depth=2)
     normalise = Normalisation.fit(images, zca=False)
-    x, _ = normalise.prepare((images, y))
+    x, _ = normalise.on_device((images, y))
     assert x.dtype == torch.uint8
     thetas = []
     for x_i, normalise_i in ((x, normalise), (normalise(x), unchanged)):
@@ -727,7 +721,7 @@ def test_channels_are_normalised_with_each_mini_batch():
     assert torch.equal(*thetas)
     matrices = [iadd.confusion_matrix(net, thetas[0], z, y, normalise) for z in (x, normalise(x))]
     assert torch.equal(*matrices)
-    white, _ = Normalisation.fit(images, zca=True).prepare((images, y))
+    white, _ = Normalisation.fit(images, zca=True).on_device((images, y))
     assert white.dtype == torch.float32  # once for all, as each time would take longer
 
 
@@ -737,7 +731,7 @@ def memory_of_training(n):
     images[::2] = 200
     before = peak_memory(torch.device("cpu"))
     normalise = Normalisation.fit(images, zca=False)
-    x, y = normalise.prepare((images, y))
+    x, y = normalise.on_device((images, y))
     net = iadd.convnet((3, 64, 64), 3, width=1, depth=6)
     iadd.train_network(iadd.cross_entropy(net), flat_parameters(net), x, y, 1, 0.1, 64, normalise)
     iadd.confusion_matrix(net, flat_parameters(net), x, y, normalise)
@@ -1300,7 +1294,7 @@ def test_restarting_keeps_every_earlier_result(run, capsys):
 
 def test_the_name_of_a_result_stays_in_its_place(run, capsys):
     _, options, _ = run
-    for name in ("teachers", "../out", "/tmp/out"):
+    for name in ("teachers", "..", "../out", "/tmp/out"):
         assert "cannot be the name" in refused(capsys, "distill --restart --name", name, options)
 
 
@@ -1712,7 +1706,7 @@ def test_ctrl_c_saves_and_exits_with_one_line(small, tmp_path):
     os.kill(child.pid, signal.SIGINT)
     assert exit_code(child) == 130
     (line,) = lines_of((tmp_path / "said.err").read_text())
-    assert line.startswith("iadd.py: interrupted") and "goes on" in line
+    assert line.startswith("iadd.py: interrupted") and "go on" in line
     saved = result(folder / "stopped")["iteration"]
     assert saved >= 10 and saved % 10 == 0  # long before its first checkpoint
     for which in ("stopped", "unstopped"):
