@@ -1087,8 +1087,7 @@ def command_eval(args: argparse.Namespace) -> None:
             return normalise.on_device(data.train)
         if on == "random":
             return real_images(data, normalise, args.ipc)
-        teacher = load(folder / "teachers/000.pt", TEACHER, shared, args.sizes)
-        theta = teacher["thetas"][-1].to(args.device)  # after its last epoch
+        theta = load(folder / "teachers/000.pt", TEACHER, shared, args.sizes)["thetas"][-1]
         choose = functools.partial(herding, build("convnet", data, args), theta, args.ipc)
         return real_images(data, normalise, args.ipc, choose)
 
@@ -1107,7 +1106,7 @@ def command_eval(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def herding(net: nn.Sequential, theta: Tensor, ipc: int, x: Tensor) -> Tensor:
     """Herding [83]: indices (ipc,) into x (N, C, H, W). Features: the input of the last layer."""
-    nn.utils.vector_to_parameters(theta, net.parameters())
+    nn.utils.vector_to_parameters(theta.to(x.device), net.parameters())
     features = torch.cat([net[:-1](part) for part in x.split(500)])  # (N, features)
     chosen = []
     for n in range(1, ipc + 1):
@@ -1156,13 +1155,13 @@ def command_plot(args: argparse.Namespace) -> None:
     columns = dict(zip(Run.COLUMNS.split(","), content["log"].T))
     figure = Figure((18, 8), layout="constrained")
     axes = figure.subplots(2, 3).flatten()
-    for ax, prefix in zip(axes, ("loss", "alpha", "W_")):
-        for key in [key for key in columns if key.startswith(prefix)]:
-            ax.plot(columns["iteration"], columns[key], label=key)
+    for ax, key in zip(axes[[0, 1, 2, 2, 2, 2]], list(columns)[2:]):  # loss, alpha, four of W
+        ax.plot(columns["iteration"], columns[key], label=key)
     for arch in dict.fromkeys(test[0] for test in tests):
         mine = {int(t): (float(mean), float(std)) for a, t, mean, std in tests if a == arch}
         points = zip(*[(t, *mine[t]) for t in sorted(mine)])  # the last test of each iteration
         axes[3].errorbar(*points, marker="o", capsize=3, label=f"test accuracy of {arch}, %")
+    axes[3].axhline(args.line, color="grey", linestyle="--")
     axes[4].plot(content["mismatch"].abs(), linewidth=0.3, label="|student - teacher|")  # Fig. 1
     axes[5].plot(content["W"], linewidth=0.3, label="W")  # Fig. 6, 7
     for ax, label in zip(axes, 4 * ["iteration"] + 2 * ["parameter, from the first layer on"]):
@@ -1250,6 +1249,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("eval", "--arch", nargs="+", choices=ARCHITECTURES, default=["convnet"], help="(convnet)")
     add("eval", "--distilled", type=Path, metavar="FILE", help="from elsewhere (in --runs)")
     add("plot", "folder", type=Path, help="of a result, with distilled.pt")
+    add("plot", "--line", type=float, default=math.nan, help="an accuracy to draw a line at (none)")
     return parser
 
 

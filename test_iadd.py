@@ -1412,14 +1412,17 @@ def test_plot_draws_what_it_says(run, monkeypatch, capsys):
     monkeypatch.setattr(Axes, "plot", lambda ax, *a, **b: drawn.append(a) or plot(ax, *a, **b))
     watched = lambda ax, *a, **b: bars.append((*a, b["label"])) or errorbar(ax, *a, **b)  # noqa: E731
     monkeypatch.setattr(Axes, "errorbar", watched)
+    lines, axhline = [], Axes.axhline
+    monkeypatch.setattr(Axes, "axhline", lambda ax, y, **b: lines.append(y) or axhline(ax, y, **b))
     assert command("eval --nets 2 --eval-epochs 1 --seed 3", options) == 0
     path, row = out / "results.jsonl", rows_of(out)[-1]
     good = path.read_text()
     path.write_text(
         good + '{"on": "distilled", "arch": "convnet", "iteration": 12, "mea'
     )  # disk full
-    assert command("plot", out) == 0
+    assert command("plot --line 46.5", out) == 0
     path.write_text(good)
+    assert lines == [46.5]
     assert ((12,), (row["mean"],), (row["std"],), "test accuracy of convnet, %") in bars
     said, log = capsys.readouterr().out, log_of(out)
     keys = ("loss", "alpha", "W_min", "W_1pct", "W_median", "W_mean")
@@ -1470,7 +1473,7 @@ def test_help_explains_every_option(monkeypatch, capsys):
             assert found == sorted(found) and found[-1] < 500
             continue
         options = re.split(r"\n  (?=--)", text.split("\n\ndataset ")[0])[1:]
-        assert len(options) == 1 if name == "plot" else len(options) > 14
+        assert len(options) == 2 if name == "plot" else len(options) > 14
         for option in options:
             assert re.search(r"\(.+\)", option) or "--restart" in option, option
         assert re.search(r"cifar100 +50 +200 +80 ", text)
