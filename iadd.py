@@ -1249,7 +1249,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("eval", "--arch", nargs="+", choices=ARCHITECTURES, default=["convnet"], help="(convnet)")
     add("eval", "--distilled", type=Path, metavar="FILE", help="from elsewhere (in --runs)")
     add("plot", "folder", type=Path, help="of a result, with distilled.pt")
-    add("plot", "--line", type=float, default=math.nan, help="an accuracy to draw a line at (none)")
+    add("plot", "--line", type=between(0, 100), default=math.nan, help="an accuracy to mark (none)")
     return parser
 
 

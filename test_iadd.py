@@ -2185,6 +2185,9 @@ def test_eval_without_a_fitting_result(run, tmp_path, capsys):
     error = refused(capsys, "eval --dataset shapes --width 4 --distilled", gift)
     assert "dataset pets, not shapes" in error
     assert "nowhere" in refused(capsys, "plot", tmp_path / "nowhere")
+    for line in ("inf", "nan", "101", "high"):
+        with pytest.raises(SystemExit, match="2"):
+            command("plot", tmp_path, "--line", line)
 
 
 def flipped(content, bit):
