@@ -123,6 +123,8 @@ def differentiable(step, step_back):
 def unroll(step, theta: Tensor, alpha: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The student's parameters (P,) after a step on each of J mini-batches, from theta (P,) on.
     x: (J, B, C, H, W), augmented; y: (J, B)."""
+    if not theta.requires_grad:  # as after a step; else torch.compile compiles a step twice
+        theta = theta.detach().requires_grad_()
     for x_j, y_j in zip(x, y):  # lines 6, 10
         theta = step(theta, alpha, x_j, y_j)  # lines 8, 9
     return theta
