@@ -5,6 +5,7 @@ As a program, `python test_iadd.py [--quick]`, this file times the parts of the 
 obvious way to write them (Section 4.2)."""
 
 import argparse
+import copy
 import csv
 import functools
 import gc
@@ -79,10 +80,6 @@ def same(a, b):
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6} if DEVICE == "cpu" else {"rtol": 1e-3, "atol": 1e-4}
 
 
-def unchanged(function):
-    return function
-
-
 def count(net):
     return sum(p.numel() for p in net.parameters())
 
@@ -90,22 +87,28 @@ def count(net):
 # ---- the method: gradients -----------------------------------------------------------------------
 
 
-def unrolled_step(net):
-    """The step of Eq. (2) the obvious way, MTT's: autograd keeps the graph of all steps."""
+def unrolled(net):
+    """The student the obvious way, MTT's: autograd keeps the graph of all steps."""
     ell = iadd.cross_entropy(net)
 
-    def step(theta, alpha, x, y):
+    def student(theta, alpha, x, y):
         theta = theta if theta.requires_grad else theta.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(ell(theta, x, y), theta, create_graph=True)
-        return theta - alpha * gradient
+        for x_j, y_j in zip(x, y):
+            (gradient,) = torch.autograd.grad(ell(theta, x_j, y_j), theta, create_graph=True)
+            theta = theta - alpha * gradient
+        return theta
 
-    return step
+    return student
+
+
+def student_of(net, precision="float32"):
+    return iadd.Student(iadd.cross_entropy(net, precision))
 
 
 def tiny_problem(dtype=torch.float64, J=4, B=3, depth=2):
     """A small ConvNet, the leaves theta, alpha, x and W, and what stays as it is: labels, start and
     target."""
-    net = iadd.convnet((3, 8, 8), 3, width=4, depth=depth).to(DEVICE, dtype)
+    net = iadd.plain_network((3, 8, 8), 3, [(4, 3), "avg"] * depth).to(DEVICE, dtype)
     theta = flat_parameters(net)
     x = torch.randn(J, B, 3, 8, 8).to(theta)
     W = 1 + 0.1 * torch.rand_like(theta)
@@ -115,47 +118,46 @@ def tiny_problem(dtype=torch.float64, J=4, B=3, depth=2):
     return net, leaves, (y, start, start + 0.05 * torch.randn_like(start))
 
 
-def loss_after(step, leaves, rest):
+def loss_after(student, leaves, rest):
     (theta, alpha, x, W), (y, start, target) = leaves, rest
-    return iadd.iadd_loss(iadd.unroll(step, theta, alpha, x, y), start, target, W)
+    return iadd.iadd_loss(student(theta, alpha, x, y), start, target, W)
 
 
-def gradients(step, leaves, rest):
-    return torch.autograd.grad(loss_after(step, leaves, rest), leaves)
+def gradients(student, leaves, rest):
+    return torch.autograd.grad(loss_after(student, leaves, rest), leaves)
 
 
 def test_gradients_equal_those_of_the_plain_unroll():
     net, leaves, rest = tiny_problem()
-    ours = gradients(iadd.differentiable(*iadd.student_step(net)), leaves, rest)
-    for a, b in zip(ours, gradients(unrolled_step(net), leaves, rest)):
+    ours = gradients(student_of(net), leaves, rest)
+    for a, b in zip(ours, gradients(unrolled(net), leaves, rest)):
         assert b.abs().max() > 1e-6  # the comparison is of something
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_gradients_equal_finite_differences():
     net, leaves, rest = tiny_problem(J=3)
-    step = iadd.differentiable(*iadd.student_step(net))
-    for k, gradient in enumerate(gradients(step, leaves, rest)):
+    student = student_of(net)
+    for k, gradient in enumerate(gradients(student, leaves, rest)):
         direction = torch.randn_like(gradient)
         moved = [leaves[:k] + [leaves[k] + h * direction] + leaves[k + 1 :] for h in (1e-6, -1e-6)]
-        up, down = (loss_after(step, there, rest) for there in moved)
+        up, down = (loss_after(student, there, rest) for there in moved)
         assert torch.allclose((up - down) / 2e-6, (gradient * direction).sum(), rtol=1e-5), k
 
 
 def test_one_step_is_plain_sgd():
     net, (theta, alpha, x, _), (y, *_) = tiny_problem(torch.float32)
-    ours = iadd.student_step(net)[0](theta, alpha, x[0], y[0])
+    ours = student_of(net).step(theta, alpha, x[0], y[0])
     optimizer = torch.optim.SGD(net.parameters(), alpha.item())
     F.cross_entropy(net(x[0]), y[0]).backward()
     optimizer.step()
     assert torch.allclose(ours, flat_parameters(net), atol=1e-6)
 
 
-def test_unroll_keeps_no_activations():
+def test_a_student_keeps_no_activations():
     """What waits for the way back is theta, alpha, x and y of each step, and nothing else."""
     net, (theta, alpha, x, _), (y, *_) = tiny_problem(J=10)
-    step = iadd.differentiable(*iadd.student_step(net))
-    end = iadd.unroll(step, theta, alpha, x, y)
+    end = student_of(net)(theta, alpha, x, y)
     node = end.grad_fn
     for _ in range(10):
         shapes = [tensor.shape for tensor in node.saved_tensors]
@@ -187,36 +189,42 @@ def test_loss_by_hand():  # Eq. (9)
     assert W.grad.tolist() == pytest.approx([2 * 1 * 1 / 9, 0, 2 * 0.5 * 4 / 9])
 
 
+def settings_of(**changed):
+    """Those of Algorithm 1, for the problem below."""
+    rates = {"alpha": 0.05, "lr_img": 1000, "lr_alpha": 0.1, "lr_w": 0.0}
+    return iadd.Matching(**{"J": 3, "K": 2, "max_start": 2, "batch": 4, **rates, **changed})
+
+
 def test_weights_of_the_three_methods():
     mismatch = torch.tensor([0.1, -5.0, 0.3, -0.2, 0.0, 4.0, 0.1, 0.1, 0.2, 0.3])
     W = torch.full((10,), 0.5, requires_grad=True)
-    assert iadd.weigh("iadd", W, mismatch, 0.2) is W
-    assert iadd.weigh("mtt", W, mismatch, 0.2).tolist() == [1] * 10
-    mask = iadd.weigh("ddpp", W, mismatch, 0.2)  # drops the two hardest of ten
+    iadd_, mtt, ddpp = (settings_of(method=x, epsilon=0.2) for x in ("iadd", "mtt", "ddpp"))
+    assert iadd.weigh(iadd_, W, mismatch) is W
+    assert iadd.weigh(mtt, W, mismatch).tolist() == [1] * 10
+    mask = iadd.weigh(ddpp, W, mismatch)  # drops the two hardest of ten
     assert mask.tolist() == [1, 0, 1, 1, 1, 0, 1, 1, 1, 1] and not mask.requires_grad
-    assert iadd.weigh("ddpp", W, mismatch, 0.0).tolist() == [1] * 10
+    none = settings_of(method="ddpp", epsilon=0.0)
+    assert iadd.weigh(none, W, mismatch).tolist() == [1] * 10
     assert W.tolist() == [0.5] * 10
 
 
 def matching_problem():
     """A network, two teachers of three epochs, images and their labels."""
     torch.manual_seed(1)
-    net = iadd.convnet((3, 8, 8), 3, width=4, depth=2).to(DEVICE)
+    net = iadd.plain_network((3, 8, 8), 3, [(4, 3), "avg"] * 2).to(DEVICE)
     teachers = [0.1 * torch.randn(4, count(net)).cumsum(0) for _ in range(2)]
     images, labels = torch.randn(6, 3, 8, 8).to(DEVICE), torch.arange(3).repeat_interleave(2)
     return net, teachers, images, labels.to(DEVICE)
 
 
-def distilled(T=3, lr_w=0.0, compiling=False, segments=None, **settings):
+def distilled(T=3, compiling=False, segments=None, **settings):
     """That problem after T iterations, and their losses. compiling: as --compile says."""
     net, teachers, images, labels = matching_problem()
-    m = iadd.Matching(J=3, K=2, max_start=2, batch=4, **settings)
-    d = iadd.Distillation(images, labels, 0.05, count(net), 1000, 0.1, lr_w)
-    x, y = iadd.student_batches(images, labels, 4, 3)
-    examples = (teachers[0][0].to(DEVICE), d.alpha, x.requires_grad_(), y)
-    student = iadd.accelerated(functools.partial(iadd.make_student, net), examples, 0, compiling)
-    losses = []
-    iadd.distil(d, student, teachers, m, T, segments or range(m.S), losses.append)
+    m = settings_of(**settings)
+    d = iadd.Distillation(images, labels, count(net), m)
+    args = SimpleNamespace(precision="float32", iterations=T, compile=compiling)
+    student = iadd.fast_student(net, teachers[0][0], d, m, args)
+    losses = [iadd.iteration(d, student, teachers, m, segments or range(m.S)) for _ in range(T)]
     return d, losses
 
 
@@ -236,7 +244,7 @@ def test_uniform_weights_are_mtt():
         start, target = (x.to(DEVICE) for x in iadd.random_segment(teachers, 2, 2))
         index = iadd.minibatches(6, 4, 3).to(DEVICE)
         x, y = iadd.augment(x_syn[index]), labels[index]
-        theta = iadd.unroll(unrolled_step(net), start, lr, x, y)
+        theta = unrolled(net)(start, lr, x, y)
         error, distance = (F.mse_loss(end, target, reduction="sum") for end in (theta, start))
         optimizer_x.zero_grad()
         optimizer_lr.zero_grad()
@@ -254,7 +262,7 @@ def test_an_iteration_averages_over_its_segments():
     for key in ("images", "alpha", "W"):
         steps = torch.stack([getattr(d, key).detach() for d, _ in apart])
         assert torch.allclose(getattr(together, key), steps.mean(0), **ROUNDING)
-        assert not torch.allclose(steps[0], steps[1], **ROUNDING)
+        assert not torch.equal(steps[0], steps[1])
     losses = torch.stack([loss for _, (loss,) in apart])
     assert torch.allclose(loss, losses.mean()) and losses.std() > 0
 
@@ -306,6 +314,18 @@ def test_gradients_of_the_images_are_the_same_bits():
     assert all(torch.equal(first, gradient()) for _ in range(5))
 
 
+def test_augment_is_each_kind_by_itself():
+    """The regrouping changes nothing but the order of the random numbers."""
+    x, alone = torch.rand(40, 2, 3, 8, 8), [lambda x, k=k: x * (k + 2) for k in range(6)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(iadd, "DSA", alone)
+        iadd.seed_all("kinds")
+        together = iadd.augment(x)
+    iadd.seed_all("kinds")
+    kind = torch.randint(6, (40,))
+    assert torch.equal(together, torch.stack([alone[k](x_j) for k, x_j in zip(kind, x)]))
+
+
 def test_herding_by_hand():
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1, 1))
     x = torch.tensor([0.0, 10.0, 2.0, 3.0, 100.0]).view(5, 1, 1, 1)  # their mean is 23
@@ -322,27 +342,26 @@ def errors(found, exact):
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact)]
 
 
-def test_precision_of_every_way():
+def test_precision_of_every_way(monkeypatch):
     """Of a student's end and the gradients, beside float64. The fast ways may be 3 times worse than
     the plain one of their precision."""
     torch.compiler.reset()
-    compiler = any(map(shutil.which, ("g++", "clang++", "c++")))  # else it can but trace
-    backend = "inductor" if compiler else "aot_eager"
-    compiled = functools.partial(torch.compile, dynamic=False, backend=backend)
-    net, leaves, (y, start, target) = tiny_problem(J=3, B=4, depth=1)
+    if not any(map(shutil.which, ("g++", "clang++", "c++"))):  # it can but trace
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    net, leaves, (y, start, target) = tiny_problem(J=3, B=4)
 
     def way(faster, precision, dtype=torch.float32):
         theta, alpha, x, W = (leaf.detach().to(dtype).requires_grad_() for leaf in leaves)
-        end = iadd.make_student(net.to(dtype), precision, faster)(theta, alpha, x, y)
+        end = faster(student_of(net.to(dtype), precision))(theta, alpha, x, y)
         loss = iadd.iadd_loss(end, start.to(dtype), target.to(dtype), W)
         return [end.detach() - theta.detach(), *torch.autograd.grad(loss, (theta, alpha, x, W))]
 
-    exact = way(unchanged, "float32", torch.float64)
-    for precision, least, most in (("float32", 1e-9, 1e-4), ("bf16", 1e-3, 0.1)):
-        plain = max(errors(way(unchanged, precision), exact))
+    exact = way(copy.copy, "float32", torch.float64)
+    for precision, least, most in (("float32", 1e-9, 1e-4), ("bf16", 1e-3, 0.2)):
+        plain = max(errors(way(copy.copy, precision), exact))
         assert least < plain < most
         torch.compiler.reset()
-        assert max(errors(way(compiled, precision), exact)) < 3 * plain
+        assert max(errors(way(iadd.compiled, precision), exact)) < 3 * plain
 
 
 def test_bf16_is_for_the_network_alone():
@@ -352,7 +371,7 @@ def test_bf16_is_for_the_network_alone():
     net[0].register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
     loss = iadd.cross_entropy(net, "bf16")(theta, x[0], y[0])
     assert loss.dtype == torch.float32 and {t.dtype for t in seen} == {torch.bfloat16}
-    end = iadd.make_student(net, "bf16")(theta, alpha, x, y)
+    end = student_of(net, "bf16")(theta, alpha, x, y)
     found = torch.autograd.grad(end.sum(), (theta, alpha, x))
     assert all(t.dtype == torch.float32 for t in (end, *found))
     assert (end != end.bfloat16()).any()  # the step itself is not rounded
@@ -366,9 +385,20 @@ def test_nothing_compiled_is_taken_for_the_other_precision(monkeypatch):
     x, y = torch.randn(3, 3, 8, 8, device=DEVICE), torch.arange(3, device=DEVICE)
     for precision in ("float32", "bf16", "float32"):
         ell = iadd.cross_entropy(net, precision)
-        make = functools.partial(lambda ell, faster: faster(ell), ell)
-        fast = iadd.accelerated(make, (theta, x, y), 0, True)
+        fast = iadd.accelerated(ell, (theta, x, y), 1, True)
         assert torch.allclose(fast(theta, x, y), ell(theta, x, y), rtol=1e-5)
+
+
+def test_a_step_is_compiled_once(monkeypatch):
+    """Though the first theta is a teacher's, and the others results of a step."""
+    graphs = []
+    count_them = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count_them))
+    torch.compiler.reset()
+    net, (theta, alpha, x, _), (y, *_) = tiny_problem(torch.float32, depth=1)
+    end = iadd.compiled(student_of(net))(theta.detach(), alpha, x, y)
+    torch.autograd.grad(end.square().sum(), (alpha, x))
+    assert len(graphs) == 2  # of `step` and of `step_back`
 
 
 def test_random_numbers_do_not_depend_on_the_device():
@@ -429,17 +459,18 @@ def test_recorded_equals_eager(cuda, monkeypatch, capsys):
     assert torch.allclose(torch.stack(losses), torch.stack(again), rtol=1e-3)
     net, *_ = matching_problem()
     x, y = torch.randn(30, 3, 8, 8, device=DEVICE), torch.arange(30, device=DEVICE) % 3
-    images, args = x.clone(), SimpleNamespace(precision="float32", batch_real=8)
+    images, before = iadd.ImageSet(x, y), x.clone()
+    args = SimpleNamespace(precision="float32", batch_real=8)
     trained = []
-    for compiling in (False, None):
-        ell = iadd.fast_loss(net, x, y, unchanged, args, 1, compiling)
+    for args.compile in (False, None):
+        ell = iadd.fast_loss(net, images, 1, args)
         iadd.seed_all("twice the same")
         thetas = [flat_parameters(net) + k for k in range(2)]
-        trained += [iadd.train_network(ell, theta, x, y, 4, 0.1, 8, unchanged) for theta in thetas]
+        trained += [iadd.train_network(ell, theta, images, 4, 0.1, 8) for theta in thetas]
     assert torch.allclose(trained[0], trained[2], atol=1e-3)
     assert torch.allclose(trained[1], trained[3], atol=1e-3)
     assert len(recordings) == 2  # one for the students, one for both networks
-    assert torch.equal(x, images)  # what is recorded writes into copies
+    assert torch.equal(x, before)  # what is recorded writes into copies
     assert capsys.readouterr().err == ""
 
 
@@ -459,7 +490,7 @@ def test_no_old_graph_is_freed_while_another_is_recorded(cuda):
         del graph
         assert alive() is not None
         examples = (torch.ones(3, requires_grad=True),)
-        assert iadd.accelerated(lambda _: torch.exp, examples, 0, None)(torch.zeros(1)) == 1
+        assert iadd.accelerated(torch.exp, examples, 0, None)(torch.zeros(1)) == 1
     finally:
         gc.enable()
 
@@ -469,13 +500,13 @@ def test_compiles_what_takes_minutes(cuda, monkeypatch, capsys):
     cuda(lambda function, _: recorded.append(1) or function)
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiled.append(options) or f)
     examples = (torch.ones(3, requires_grad=True),)
-    wishes = ((1000, None, 0), (long, False, 0), (long, None, 1), (1000, True, 1))
+    wishes = ((1000, None, 0), (long, False, 0), (long, None, 1), (1000, True, 1), (0, True, 0))
     for gpu in (True, False):
         monkeypatch.setattr(torch.Tensor, "is_cuda", gpu, raising=False)
         for images, wanted, does in wishes:
             compiled.clear(), recorded.clear()
-            function = iadd.accelerated(lambda faster: faster(torch.exp), examples, images, wanted)
-            assert function is torch.exp and compiled == does * [{"dynamic": False}]
+            function = iadd.accelerated(torch.exp, examples, images, wanted)
+            assert function(torch.zeros(1)) == 1 and compiled == does * [{"dynamic": False}]
             assert len(recorded) == (gpu and wanted is not False)
             assert ("compiling first" in capsys.readouterr().err) == does
 
@@ -545,9 +576,10 @@ def use_instead(fault, tool, cuda, monkeypatch):
 def test_what_makes_it_faster_may_fail(cuda, monkeypatch, capsys, fault, says, tool):
     """A line says so, and the plain function does it."""
     net, (theta, *_), _ = tiny_problem(torch.float32)
-    ell, examples = iadd.cross_entropy(net), (theta, torch.randn(2, 3, 8, 8), torch.arange(2))
+    x, y = torch.randn(2, 3, 8, 8, device=DEVICE), torch.arange(2, device=DEVICE)
+    ell, examples = iadd.cross_entropy(net), (theta, x, y)
     wanted = use_instead(fault, tool, cuda, monkeypatch)
-    assert iadd.accelerated(lambda faster: faster(ell), examples, 0, wanted) is ell
+    assert iadd.accelerated(ell, examples, 1, wanted) is ell
     lines = [x for x in capsys.readouterr().err.splitlines() if "compiling first" not in x]
     assert lines == [f"without {tool}: {says}"]
 
@@ -556,7 +588,7 @@ def test_without_a_compiler_a_gpu_still_records(cuda, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", fails_when_called)
     cuda(lambda function, _: lambda *inputs: 1 * function(*inputs))
     examples = (torch.ones(3, requires_grad=True),)
-    fast = iadd.accelerated(lambda faster: faster(torch.exp), examples, 0, True)
+    fast = iadd.accelerated(torch.exp, examples, 1, True)
     assert fast is not torch.exp and fast(torch.zeros(1)) == 1
     assert "CUDA" not in capsys.readouterr().err
 
@@ -568,14 +600,14 @@ def test_too_little_memory_is_no_such_failure(cuda, error):
 
     cuda(record)
     with pytest.raises(type(error)):
-        iadd.accelerated(lambda _: torch.exp, (torch.ones(3, requires_grad=True),), 0, None)
+        iadd.accelerated(torch.exp, (torch.ones(3, requires_grad=True),), 0, None)
 
 
 def everything(run, name, compiling):
     """What teachers, distill and eval come to."""
     tmp, options, _ = run
     options = [*options, "--runs", tmp / name, compiling]  # the last --runs counts
-    folder = tmp / name / "pets_std_convnet-d3-w4"
+    folder = tmp / name / "pets_std_w4"
     assert command("teachers --teachers 1 --ipc 1", options) == 0
     assert command("distill --iterations 3 --steps 3", options) == 0
     assert command("eval --nets 1 --eval-epochs 2", options) == 0
@@ -606,7 +638,7 @@ def test_all_commands_go_on_from_the_same_state(
 def test_parameter_counts():
     assert count(iadd.convnet((3, 32, 32), 10)) == 320_010  # stated in the paper, Section 1
     assert count(iadd.convnet((3, 32, 32), 100)) == 504_420
-    assert count(iadd.convnet((3, 64, 64), 200, depth=4)) == 857_160
+    assert count(iadd.convnet((3, 64, 64), 200)) == 857_160
     assert count(iadd.alexnet((3, 32, 32), 10)) == 1_872_202
     assert count(iadd.vgg11((3, 32, 32), 10)) == 9_231_114
     assert count(iadd.resnet18((3, 32, 32), 10)) == 11_173_962
@@ -621,48 +653,46 @@ def of_size(channels, side):
 @pytest.mark.parametrize("arch", iadd.ARCHITECTURES)
 @pytest.mark.parametrize("channels, side", [(1, 32), (3, 64), (1, 112)])
 def test_networks_take_all_sizes_and_have_no_other_state(arch, channels, side):
-    args = SimpleNamespace(width=8, depth=3, device="cpu")
-    net = iadd.build(arch, of_size(channels, side), args)
+    args = SimpleNamespace(width=8, device="cpu")
+    net = iadd.new_network(arch, of_size(channels, side), args)
     assert net(torch.randn(2, channels, side, side)).shape == (2, 2)
     assert not list(net.buffers())
 
 
-def settings_of(*words):
+def completed(*words):
     args = iadd.make_parser().parse_args([str(word) for word in words])
-    args.device = "cpu"
-    iadd.prepare(args)
+    iadd.complete(args)
     return args
 
 
-def test_depth_by_image_size(monkeypatch):
+def test_depth_by_image_size():
     for side, depth in ((28, 3), (32, 3), (64, 4), (112, 5), (128, 5)):
-        monkeypatch.setattr(iadd, "load_dataset", lambda *_, side=side: of_size(1, side))
-        assert settings_of("teachers", "--width", 1).depth == depth
+        net = iadd.convnet((1, side, side), 2, width=1)
+        assert sum(isinstance(layer, torch.nn.Conv2d) for layer in net) == depth
 
 
 def test_presets():
     row = iadd.preset("cifar10", 1)
-    assert (row["steps"], row["expert_epochs"], row["max_start_epoch"]) == (50, 2, 2)
+    assert (row["J"], row["K"], row["max_start"]) == (50, 2, 2)
     assert (row["lr_img"], row["lr_alpha"], row["alpha"]) == (100, 1e-7, 0.01)
     assert row["batch"] is None and row["zca"] is True
     assert iadd.preset("cifar10", 50)["zca"] is False
     assert iadd.preset("cifar100", 50)["batch"] == 125
     assert iadd.preset("cifar10", 20) == iadd.preset("cifar10", 10) != iadd.preset("cifar10", 9)
     assert iadd.preset("covid", 1) == iadd.preset("covid", 20)  # none smaller: the smallest
-    assert iadd.preset("a folder", 10)["steps"] == iadd.preset("cifar10", 10)["steps"]
+    assert iadd.preset("a folder", 10)["J"] == iadd.preset("cifar10", 10)["J"]
 
 
-def test_defaults_are_the_papers(monkeypatch, tmp_path):
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCifar)
-    monkeypatch.chdir(tmp_path)
-    s = settings_of("teachers", "--dataset", "cifar10")
+def test_defaults_are_the_papers():
+    s = completed("teachers", "--dataset", "cifar10")
     assert (s.teachers, s.epochs, s.lr_teacher, s.batch_real) == (200, 50, 0.01, 256)
-    s = settings_of("distill", "--ipc", 1)
-    assert (s.dataset, s.iterations, s.steps, s.segments) == ("cifar10", 5000, 50, 1)
-    assert (s.lr_w, s.zca, s.seed, s.width, s.depth) == (1e-4, True, 0, 128, 3)
-    s = settings_of("distill", "--ipc", 50, "--steps", 7)  # default < preset < what is typed
-    assert (s.steps, s.lr_img, s.zca) == (7, 1000, False)
-    s = settings_of("eval", "--arch", "vgg11")
+    assert completed("teachers", "--ipc", 1).epochs == 3  # those that distill reads
+    s = completed("distill", "--ipc", 1)
+    assert (s.dataset, s.iterations, s.J, s.S) == ("cifar10", 5000, 50, 1)
+    assert (s.lr_w, s.zca, s.seed, s.width) == (1e-4, True, 0, 128)
+    s = completed("distill", "--ipc", 50, "--steps", 7)  # default < preset < what is typed
+    assert (s.J, s.lr_img, s.zca) == (7, 1000, False)
+    s = completed("eval", "--arch", "vgg11")
     assert (s.dataset, s.arch, s.nets, s.on) == ("cifar10", ["vgg11"], 5, ["distilled"])
 
 
@@ -709,20 +739,19 @@ def test_channel_normalisation():
 def test_channels_are_normalised_with_each_mini_batch():
     """Images stay uint8, and a network is trained to the same bits as if they did not."""
     images, y = correlated_images(40), torch.arange(40) % 3
-    net = iadd.convnet((3, 4, 4), 3, width=4, depth=2)
+    net = iadd.convnet((3, 4, 4), 3, width=4)
     normalise = Normalisation.fit(images, zca=False)
-    x, _ = normalise.on_device((images, y))
-    assert x.dtype == torch.uint8
-    thetas = []
-    for x_i, normalise_i in ((x, normalise), (normalise(x), unchanged)):
+    as_bytes, as_floats = normalise.image_set(images, y), iadd.ImageSet(normalise(images), y)
+    assert as_bytes.x.dtype == torch.uint8
+    initial, thetas, matrices = flat_parameters(net), [], []
+    for image_set in (as_bytes, as_floats):
         iadd.seed_all("twice the same")
-        how = (flat_parameters(net) * 1, x_i, y, 2, 0.1, 8, normalise_i)
+        how = (initial, image_set, 2, 0.1, 8)
         thetas.append(iadd.train_network(iadd.cross_entropy(net), *how))
-    assert torch.equal(*thetas)
-    matrices = [iadd.confusion_matrix(net, thetas[0], z, y, normalise) for z in (x, normalise(x))]
-    assert torch.equal(*matrices)
-    white, _ = Normalisation.fit(images, zca=True).on_device((images, y))
-    assert white.dtype == torch.float32  # once for all, as each time would take longer
+        matrices.append(iadd.confusion_matrix(net, thetas[0], image_set))
+    assert torch.equal(*thetas) and torch.equal(*matrices)
+    white = Normalisation.fit(images, zca=True).image_set(images, y)
+    assert white.x.dtype == torch.float32  # once for all, as each time would take longer
 
 
 def memory_of_training(n):
@@ -731,10 +760,10 @@ def memory_of_training(n):
     images[::2] = 200
     before = peak_memory(torch.device("cpu"))
     normalise = Normalisation.fit(images, zca=False)
-    x, y = normalise.on_device((images, y))
-    net = iadd.convnet((3, 64, 64), 3, width=1, depth=6)
-    iadd.train_network(iadd.cross_entropy(net), flat_parameters(net), x, y, 1, 0.1, 64, normalise)
-    iadd.confusion_matrix(net, flat_parameters(net), x, y, normalise)
+    image_set = normalise.image_set(images, y)
+    net = iadd.convnet((3, 64, 64), 3, width=1)
+    iadd.train_network(iadd.cross_entropy(net), flat_parameters(net), image_set, 1, 0.1, 64)
+    iadd.confusion_matrix(net, flat_parameters(net), image_set)
     return peak_memory(torch.device("cpu")) - before
 
 
@@ -869,7 +898,7 @@ def shapes():
     """A few shapes, normalised: images, labels."""
     data = iadd.make_shapes(train=20, test=5)
     normalise = Normalisation.fit(data.train[0], zca=False, device=DEVICE)
-    return normalise(data.train[0]), data.train[1].to(DEVICE)
+    return iadd.ImageSet(normalise(data.train[0]), data.train[1].to(DEVICE))
 
 
 def small_network():
@@ -877,32 +906,24 @@ def small_network():
     return net, flat_parameters(net)
 
 
-def test_snapshots_do_not_alias_the_live_weights(shapes):
+def test_a_teacher_is_no_view_of_what_is_trained(shapes):
     net, initial = small_network()
-    how = {"epochs": range(3), "seed": (0, "t"), "lr": 0.01, "batch": 50, "normalise": unchanged}
-    thetas = list(iadd.train_teacher(iadd.cross_entropy(net), initial.cpu(), *shapes, **how))
-    assert len(thetas) == 3 and thetas[0].dtype == torch.float32
+    thetas = [initial.cpu()]
+    for _ in range(3):
+        thetas.append(iadd.train_teacher(iadd.cross_entropy(net), thetas[-1], shapes, 0.01, 50))
+    assert thetas[1].dtype == torch.float32
     assert all(theta.device.type == "cpu" for theta in thetas)
-    assert torch.equal(flat_parameters(net), initial)
-    for before, after in itertools.pairwise([initial.cpu(), *thetas]):
+    assert torch.equal(thetas[0], initial.cpu())
+    for before, after in itertools.pairwise(thetas):
         assert (after - before).norm() > 1e-3
-
-
-def test_a_trajectory_goes_on_as_if_it_had_never_stopped(shapes):
-    net, initial = small_network()
-    how = {"seed": (0, "t"), "lr": 0.01, "batch": 256, "normalise": unchanged}
-    train = functools.partial(iadd.train_teacher, iadd.cross_entropy(net))
-    whole = list(train(initial, *shapes, range(3), **how))
-    rest = list(train(whole[0], *shapes, range(1, 3), **how))
-    assert same(rest[0], whole[1]) and same(rest[1], whole[2]) and not same(whole[1], whole[2])
 
 
 def test_training_is_plain_sgd(shapes):
     """`train` on a flat theta does what a module and torch.optim do, with the same batches."""
-    x, y = shapes
+    x, y = shapes.x, shapes.y
     net, theta = small_network()
     torch.manual_seed(3)
-    theta = iadd.train_network(iadd.cross_entropy(net), theta, x, y, 3, 0.02, 60, unchanged)
+    theta = iadd.train_network(iadd.cross_entropy(net), theta, shapes, 3, 0.02, 60)
     torch.manual_seed(3)
     optimizer = torch.optim.SGD(net.parameters(), 0.02, momentum=0.9, weight_decay=5e-4)
     for lr, epochs in ((0.02, 2), (0.002, 1)):
@@ -916,10 +937,10 @@ def test_training_is_plain_sgd(shapes):
 
 
 def test_confusion_matrix(shapes):
-    x, y = shapes
+    x, y = shapes.x, shapes.y
     net, theta = small_network()
     predicted = net(x).argmax(1)
-    confusion = iadd.confusion_matrix(net, theta, x, y, unchanged)
+    confusion = iadd.confusion_matrix(net, theta, shapes)
     for r, c in ((2, 5), (2, 2), (7, 1)):
         assert confusion[r, c] == ((y == r) & (predicted == c)).sum()
     assert confusion.sum() == 200 and confusion.trace() == (predicted == y).sum()
@@ -1172,7 +1193,7 @@ def refused(capsys, *parts):
 
 
 def result(folder):
-    return iadd.load(folder / "distilled.pt", iadd.TO_RESUME, {}, {})
+    return iadd.load(folder / "distilled.pt", {}, "")
 
 
 def thetas(path):
@@ -1196,19 +1217,21 @@ def run(tmp_path_factory):
     options = ["--dataset", pets, "--runs", tmp / "runs", more]
     assert command("teachers --teachers 2 --ipc 1", options) == 0
     assert command("distill --iterations 12 --steps 3", options) == 0
-    return tmp, options, tmp / "runs" / "pets_std_convnet-d3-w4"
+    return tmp, options, tmp / "runs" / "pets_std_w4"
 
 
 def test_files_of_a_run(run):
     tmp, _, folder = run
     out = folder / "ipc1_iadd_seed0"
-    assert sorted(path.name for path in (folder / "teachers").glob("*")) == ["000.pt", "001.pt"]
+    assert sorted(x.name for x in (folder / "teachers").glob("[!.]*")) == ["000.pt", "001.pt"]
     assert len(thetas(folder / "teachers" / "000.pt")) == 4  # 3 epochs are read at IPC 1
     pictures = [f"images_{t:05d}.png" for t in (0, 10, 12)]
-    assert sorted(p.name for p in out.iterdir()) == ["distilled.pt", *pictures, "log.csv"]
+    files = sorted(path.name for path in out.glob("[!.]*"))
+    assert files == ["distilled.pt", *pictures, "log.csv"]
     content = result(out)
     assert content["images"].shape == (3, 3, 32, 32) and content["labels"].tolist() == [0, 1, 2]
-    assert content["classes"] == ["cat", "dog", "emu"] and content["settings"]["steps"] == 3
+    settings = content["settings"]
+    assert settings["classes"] == ["cat", "dog", "emu"] and settings["J"] == 3
     assert content["iteration"] == 12
     rows = log_of(out)
     assert [float(row["iteration"]) for row in rows] == [10, 12]
@@ -1246,9 +1269,10 @@ def test_teachers_are_kept_and_continued(run, capsys):
 def test_same_seed_same_bits(run):
     _, options, folder = run
     results = []
-    for seed in (7, 7, 8):
-        assert command(f"distill --iterations 3 --steps 2 --restart --seed {seed}", options) == 0
-        results.append(result(folder / f"ipc1_iadd_seed{seed}"))
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        more = f"--iterations 3 --steps 2 --name same_{name} --seed {seed}"
+        assert command("distill", more, options) == 0
+        results.append(result(folder / f"same_{name}"))
     a, b, c = results
     assert same(a["images"], b["images"]) and same(a["alpha"], b["alpha"])
     assert not same(a["images"], c["images"])
@@ -1262,7 +1286,7 @@ def test_a_finished_result_is_not_overwritten(run, capsys):
         assert command(distil, "--iterations", T) == 0
         assert "is at iteration 12" in capsys.readouterr().out
     error = refused(capsys, distil, "--iterations 12 --lr-img 7")
-    assert "distilled.pt has lr_img 100, not 7.0; --restart" in error
+    assert "distilled.pt has lr_img 100, not 7.0; delete its folder" in error
     assert path.stat().st_mtime_ns == stamp
     assert command(distil, "--lr-img 7 --iterations 1 --name other") == 0
     assert result(folder / "other")["settings"]["lr_img"] == 7
@@ -1280,24 +1304,6 @@ def test_the_first_teachers_can_be_chosen(run, capsys):
     (folder / "teachers" / "002.pt").unlink()
 
 
-def test_restarting_keeps_every_earlier_result(run, capsys):
-    _, options, folder = run
-    distil = ["distill --steps 2 --name again --restart", options]
-    assert command(distil, "--iterations 2") == 0
-    assert command(distil, "--iterations 3 --lr-w 3") == 0
-    assert command(distil, "--iterations 20 --alpha 1e9") == 2  # diverges
-    old = sorted(folder.glob("again.old-*"))
-    assert [result(path)["iteration"] for path in old] == [2, 3]
-    assert "class cat has 12" in refused(capsys, distil, "--ipc 13 --max-start-epoch 1")
-    assert result(folder / "again")["iteration"] == 0  # what cannot begin moves nothing
-
-
-def test_the_name_of_a_result_stays_in_its_place(run, capsys):
-    _, options, _ = run
-    for name in ("teachers", "..", "../out", "/tmp/out"):
-        assert "cannot be the name" in refused(capsys, "distill --restart --name", name, options)
-
-
 TESTING = "--eval-every 5 --nets 1 --eval-epochs 1"
 DIVERGE = [f"--lr-alpha 1e6 {TESTING}", "--lr-w 1e9", "--alpha 1e9", "--lr-img 1e6 --lr-w 1e9"]
 
@@ -1308,10 +1314,9 @@ def test_divergence_stops_and_keeps_the_last_good_state(run, capsys, rates):
     name = f"diverge{DIVERGE.index(rates)}"
     more = f"--steps 3 --name {name} {rates} --iterations 60"
     error = refused(capsys, "distill", options, more)
-    noticed = int(re.search(r"diverged by (\d+)", error)[1])
+    noticed = int(re.search(r"diverged by iteration (\d+)", error)[1])
     kept = result(folder / name)
-    good = kept["iteration"]
-    assert good < noticed <= 60 and re.search(rf"\b{good}\b", error)
+    assert kept["iteration"] < noticed <= 60 and "lower the learning rates" in error
     assert kept["images"].isfinite().all() and kept["W"].isfinite().all() and kept["alpha"] > 0
 
 
@@ -1336,7 +1341,7 @@ def test_eval_all_architectures(run, capsys):
 def test_herding_is_a_fixed_choice_of_real_images(run, capsys, monkeypatch, tmp_path):
     tmp, options, folder = run
     used = []
-    stand_in = lambda ell, theta, x, y, *_: used.append((x, y)) or theta  # noqa: E731
+    stand_in = lambda ell, theta, images, *_: used.append((images.x, images.y)) or theta  # noqa: E731
     monkeypatch.setattr(iadd, "train_network", stand_in)
     assert command("eval --on herding random --nets 2", options) == 0
     (a, labels), (b, _), (c, _), (d, _) = used
@@ -1410,26 +1415,20 @@ def test_plot_draws_what_it_says(run, monkeypatch, capsys):
     _, options, folder = run
     out, drawn, bars, plot, errorbar = folder / "ipc1_iadd_seed0", [], [], Axes.plot, Axes.errorbar
     monkeypatch.setattr(Axes, "plot", lambda ax, *a, **b: drawn.append(a) or plot(ax, *a, **b))
-    watched = lambda ax, *a, **b: bars.append((*a, b["label"])) or errorbar(ax, *a, **b)  # noqa: E731
+    watched = lambda ax, *a, **b: bars.append(a) or errorbar(ax, *a, **b)  # noqa: E731
     monkeypatch.setattr(Axes, "errorbar", watched)
-    lines, axhline = [], Axes.axhline
-    monkeypatch.setattr(Axes, "axhline", lambda ax, y, **b: lines.append(y) or axhline(ax, y, **b))
     assert command("eval --nets 2 --eval-epochs 1 --seed 3", options) == 0
-    path, row = out / "results.jsonl", rows_of(out)[-1]
-    good = path.read_text()
-    path.write_text(
-        good + '{"on": "distilled", "arch": "convnet", "iteration": 12, "mea'
-    )  # disk full
-    assert command("plot --line 46.5", out) == 0
-    path.write_text(good)
-    assert lines == [46.5]
-    assert ((12,), (row["mean"],), (row["std"],), "test accuracy of convnet, %") in bars
+    row = rows_of(out)[-1]
+    assert command("plot", out) == 0
+    assert (12, row["mean"], row["std"]) in bars
     said, log = capsys.readouterr().out, log_of(out)
     keys = ("loss", "alpha", "W_min", "W_1pct", "W_median", "W_mean")
     for key, (x, y) in zip(keys, drawn):
-        assert list(x) == [10, 12] and list(y) == pytest.approx([float(row[key]) for row in log])
+        logged = [float(row[key]) for row in log]
+        shown = 1 - np.array(logged) if key.startswith("W") else logged
+        assert list(x) == [10, 12] and list(y) == pytest.approx(list(shown))
     miss, W = (np.asarray(values) for (values,) in drawn[6:8])
-    assert np.array_equal(W, result(out)["W"]) and miss.shape == W.shape
+    assert np.array_equal(W, 1 - result(out)["W"]) and miss.shape == W.shape
     assert miss.min() >= 0 and 0 < miss.mean() < 1
     assert str(out / "plot.png") in said
     with Image.open(out / "plot.png") as figure:
@@ -1473,9 +1472,9 @@ def test_help_explains_every_option(monkeypatch, capsys):
             assert found == sorted(found) and found[-1] < 500
             continue
         options = re.split(r"\n  (?=--)", text.split("\n\ndataset ")[0])[1:]
-        assert len(options) == 2 if name == "plot" else len(options) > 14
+        assert len(options) == 0 if name == "plot" else len(options) > 14
         for option in options:
-            assert re.search(r"\(.+\)", option) or "--restart" in option, option
+            assert re.search(r"\(.+\)", option), option
         assert re.search(r"cifar100 +50 +200 +80 ", text)
 
 
@@ -1534,20 +1533,20 @@ def small(tmp_path_factory):
     root, more = make_folder(tmp / "pets", train=12, size=16), "--width 4 --device cpu --no-compile"
     options = ["--dataset", root, "--runs", tmp / "runs", more, "--precision float32"]
     assert command("teachers --teachers 3 --ipc 1", TEACH, options) == 0
-    return tmp, options, tmp / "runs" / "pets_zca_convnet-d2-w4"
+    return tmp, options, tmp / "runs" / "pets_zca_w4"
 
 
 def state_of(folder):
     """All of a result but the machine, and the times in its log."""
     state = result(folder)
-    log = [[t, *numbers] for t, _, *numbers in state["log"].tolist()]
+    log = [[t, *numbers] for t, _, *numbers in state["log"]]
     return {**state, "log": log, "machine": None}
 
 
 def identical(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
-    if isinstance(a, list):
+    if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(identical, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
@@ -1580,7 +1579,8 @@ def test_a_distillation_goes_on_bit_for_bit(small, straight, capsys):
         assert f"is at iteration {T}" in capsys.readouterr().out
     assert identical(state_of(out), state_of(straight))
     assert without_times(out) == without_times(straight) and len(log_of(out)) == 6
-    assert all(result(out)[key].abs().max() > 0 for key in ("m_images", "m_alpha"))  # it matters
+    momentum = [of.get("momentum_buffer") for of in result(out)["optimizer"]["state"].values()]
+    assert sum(x is not None and x.abs().max().item() > 0 for x in momentum) == 2  # it matters
     error = refused(capsys, distil, "--iterations 60 --lr-w 7 --batch 2")
     assert "batch 3, not 2" in error and "lr_w 1.0, not 7.0" in error
     assert identical(state_of(out), state_of(straight))
@@ -1701,17 +1701,22 @@ def test_a_killed_teacher_goes_on(small, tmp_path):
     assert len(whole) == 11 and torch.equal(killed, whole)
 
 
-def test_ctrl_c_saves_and_exits_with_one_line(small, tmp_path):
+def saving_often():
+    iadd.CHECKPOINT_SECONDS = 0.05
+
+
+def test_ctrl_c_goes_on_and_is_one_line(small, tmp_path):
     _, options, folder = small
     distil = ["distill", DISTIL, options]
-    child = start(tmp_path / "said", distil, "--iterations 1000000 --name stopped")
+    more = "--iterations 1000000 --name stopped"
+    child = start(tmp_path / "said", distil, more, change=saving_often)
     wait_for_rows(folder / "stopped", child)
     os.kill(child.pid, signal.SIGINT)
     assert exit_code(child) == 130
-    (line,) = lines_of((tmp_path / "said.err").read_text())
-    assert line.startswith("iadd.py: interrupted") and "go on" in line
+    error = (tmp_path / "said.err").read_text()
+    assert "iadd.py: interrupted; the same command goes on" in error and "Traceback" not in error
     saved = result(folder / "stopped")["iteration"]
-    assert saved >= 10 and saved % 10 == 0  # long before its first checkpoint
+    assert saved >= 10 and saved % 10 == 0
     for which in ("stopped", "unstopped"):
         assert command(distil, f"--name {which} --iterations {saved + 2}") == 0
     assert identical(state_of(folder / "stopped"), state_of(folder / "unstopped"))
@@ -1732,16 +1737,13 @@ def test_interrupted_teachers_keep_their_epochs(small, tmp_path, monkeypatch, ca
     monkeypatch.setattr(iadd, "train", interrupted)
     assert command(command_line, TEACH) == 130
     paths = [tmp_path / folder.name / "teachers" / f"00{k}.pt" for k in (0, 1)]
-    assert [len(thetas(path)) - 1 for path in paths] == [4, 2]
-    assert command(command_line, TEACH) == 0 and len(calls) == 9
+    assert len(thetas(paths[0])) - 1 == 4 and not paths[1].exists()  # a minute is lost at most
+    before = paths[0].stat().st_mtime_ns
+    assert command(command_line, TEACH) == 0 and len(calls) == 11
     assert [len(thetas(path)) - 1 for path in paths] == [4, 4]
+    assert paths[0].stat().st_mtime_ns == before
     other = "--batch-real 6 --lr-teacher 0.02"
     assert "lr_teacher 0.05, not 0.02" in refused(capsys, command_line, other)
-    before = thetas(paths[1]).clone()
-    assert command(command_line, other, "--restart") == 0
-    (old,) = paths[1].parent.parent.glob("teachers.old-*")
-    assert torch.equal(thetas(old / "001.pt"), before)
-    assert not torch.equal(thetas(paths[1]), before)
 
 
 def test_an_interrupted_evaluation_is_made_up_for(small, monkeypatch):
@@ -1795,52 +1797,38 @@ def test_a_learning_rate_below_0_is_no_good_state(small, monkeypatch, capsys):
         return loss
 
     monkeypatch.setattr(iadd, "iteration", going_wrong)
+    monkeypatch.setattr(iadd, "CHECKPOINT_SECONDS", -1)
     error = refused(capsys, "distill --name negative --iterations 60", DISTIL, options)
-    assert "diverged by 20" in error and "alpha -0.04" in error
+    assert "diverged by iteration 20" in error and "alpha -0.04" in error
     kept = result(folder / "negative")
     assert kept["iteration"] == 10 and kept["alpha"] > 0
 
 
 @pytest.mark.parametrize("has_it", [True, False])
 def test_precision_is_a_setting(small, tmp_path, monkeypatch, capsys, has_it):
-    """By default bf16 where there is arithmetic for it; later what the file says."""
+    """By default bf16 where there is arithmetic for it; files of the other are refused."""
     _, options, _ = small
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     options = [*options[:-1], "--runs", tmp_path]  # no --precision
     best, other = ("bf16", "float32") if has_it else ("float32", "bf16")
-    folder = tmp_path / "pets_zca_convnet-d2-w4"
+    folder = tmp_path / "pets_zca_w4"
     teach, distil = ["teachers --ipc 1", TEACH, options], ["distill", DISTIL, options]
 
-    def precision(path):
-        return torch.load(path, weights_only=True)["settings"].get("precision")
-
-    def compare(name, precision):
-        assert command(distil, "--iterations 4 --name", name, "--precision", precision) == 0
+    def images_of(name, *typed):
+        assert command(distil, "--iterations 4 --name", name, *typed) == 0
         return result(folder / name)["images"]
 
     assert command(teach, "--teachers 1") == 0
-    assert command(teach, "--teachers 2 --restart --precision", other) == 0
-    slow = "bf16 will be slow" in capsys.readouterr().err
-    assert slow != has_it  # one line, no refusal
-    assert command(teach, "--teachers 3") == 0  # as those that are there
-    assert precision(folder / "teachers/002.pt") == other
-    error = refused(capsys, teach, "--teachers 4 --precision", best)
-    assert f"precision {other}, not {best}" in error
-    assert command(distil, "--iterations 4 --name default") == 0
-    assert precision(folder / "default/distilled.pt") == best
-    assert torch.equal(result(folder / "default")["images"], compare("typed", best))
-    assert not torch.equal(compare("typed", best), compare("other", other))
-    assert command(distil, "--iterations 8 --name other") == 0
-    assert precision(folder / "other/distilled.pt") == other
+    settings = torch.load(folder / "teachers/000.pt", weights_only=True)["settings"]
+    assert settings["precision"] == best
+    error = refused(capsys, teach, "--teachers 2 --precision", other)
+    assert f"precision {best}, not {other}" in error
+    default = images_of("default")
+    assert torch.equal(default, images_of("typed", "--precision", best))
+    assert not torch.equal(default, images_of("other", "--precision", other))
     error = refused(capsys, distil, "--iterations 12 --name other --precision", best)
     assert f"precision {other}, not {best}" in error
-    content = result(folder / "default")  # of a version that knew no precision
-    del content["settings"]["precision"]
-    iadd.save(content, folder / "old/distilled.pt")
-    assert command(distil, "--iterations 8 --name old") == 0
-    assert precision(folder / "old/distilled.pt") == "float32"
-    assert "float32, not bf16" in refused(capsys, distil, "--name old --precision bf16")
     for typed in ([], ["--precision", other]):
         assert command("eval --name default --nets 1 --eval-epochs 1", options, typed) == 0
     assert [row["precision"] for row in rows_of(folder / "default")] == [best, other]
@@ -1867,7 +1855,7 @@ def test_a_folder_has_one_writer(small, tmp_path, capsys):
     child = start(tmp_path / "said", distil, "--iterations 1000000")
     wait_for_rows(folder / "shared", child)
     assert "shared" in refused(capsys, distil, "--iterations 9")
-    with iadd.claim(folder / "teachers", SimpleNamespace(restart=False, rank=0)):
+    with iadd.one_writer(folder / "teachers", SimpleNamespace(rank=0)):
         assert "teachers" in refused(capsys, "teachers --teachers 9", TEACH, options)
         more = "--name another --iterations 2"
         assert command("distill", more, DISTIL, options) == 0  # to read is not to write
@@ -2017,7 +2005,6 @@ def test_a_rank_that_dies_ends_the_job(small):
         job.terminate()  # if it is still there
     assert job.returncode and "Signal 9 (SIGKILL)" in error
     saved = result(folder / "orphan")["iteration"]
-    assert saved >= 10
     for name in ("orphan", "parent"):
         assert command(distil, f"--name {name} --iterations {saved + 1}") == 0
     assert close(state_of(folder / "orphan"), state_of(folder / "parent"))
@@ -2065,7 +2052,6 @@ def test_bad_datasets(tmp_path, capsys, monkeypatch):
     assert "--no-zca" in message and "--size" in message
     assert "--size" in says("--dataset shapes --size 8")
     assert "--classes" in says("--dataset shapes --classes disk ring")
-    assert "32 pixels cannot be halved 7 times" in says("--dataset shapes --depth 7")
     more = "--dataset shapes --lr-teacher 1e9 --epochs 1 --width 4 --no-compile"
     assert "diverged: lower --lr-teacher" in says(more)
 
@@ -2095,14 +2081,7 @@ def test_bad_datasets(tmp_path, capsys, monkeypatch):
         ("frobnicate", "invalid choice: 'frobnicate'"),
         ("teachers --size 5000", "5000 is not from 1 to 512"),
         ("teachers --teachers 9999999999", "is not from 1 to 1000000"),
-        ("teachers --dataset shapes --depth 100000", "halved 100000 times"),
         ("distill --epsilon 2", "2 is not from 0 to 1"),
-        ("distill --method mtt --lr-w 5", "--lr-w has no effect"),
-        ("distill --method ddpp --lr-w 5", "--lr-w has no effect"),
-        ("distill --epsilon 0.5", "--epsilon has no effect"),
-        ("distill --nets 5", "--nets has no effect"),
-        ("distill --eval-epochs 9", "--eval-epochs has no effect"),
-        ("eval --method mtt --name other", "--method has no effect"),
     ],
 )
 def test_bad_options(line, says, capsys):
@@ -2123,13 +2102,13 @@ def test_a_device_without_float64(monkeypatch, capsys):
 
 
 def test_more_memory_than_there_is(monkeypatch, capsys):
-    """On a CPU torch raises a RuntimeError; others are bugs, and show their traceback."""
+    """Other errors are bugs, and show their traceback."""
 
     def fails(*_):
-        torch.empty(10**16)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(iadd, "load_dataset", fails)
-    assert "allocate memory" in refused(capsys, "teachers --dataset shapes")
+    assert "Tried to allocate" in refused(capsys, "teachers --dataset shapes")
     monkeypatch.setattr(iadd, "load_dataset", lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         command("teachers --dataset shapes")
@@ -2152,11 +2131,11 @@ def test_missing_or_mismatching_teachers(run, tmp_path, capsys):
     assert "seed 0, not 5" in refused(capsys, "teachers --teachers 1 --seed 5", options)
 
     elsewhere = [options[:3], tmp_path, "--no-zca --device", DEVICE]
-    teachers = tmp_path / "pets_std_convnet-d3-w8" / "teachers"  # where they do not belong
+    teachers = tmp_path / "pets_std_w8" / "teachers"  # where they do not belong
     teachers.mkdir(parents=True)
     shutil.copy(folder / "teachers" / "000.pt", teachers)
     assert "width 4, not 8" in refused(capsys, "distill --width 8", elsewhere)
-    teachers.parent.rename(tmp_path / "pets_std_convnet-d3-w4")
+    teachers.parent.rename(tmp_path / "pets_std_w4")
     changed = make_folder(tmp_path / "pets", train=13)
     error = refused(capsys, "distill --width 4", elsewhere, "--dataset", changed)
     assert "fingerprint" in error and not list(tmp_path.rglob("distilled.pt"))
@@ -2185,8 +2164,6 @@ def test_eval_without_a_fitting_result(run, tmp_path, capsys):
     error = refused(capsys, "eval --dataset shapes --width 4 --distilled", gift)
     assert "dataset pets, not shapes" in error
     assert "nowhere" in refused(capsys, "plot", tmp_path / "nowhere")
-    for line in ("inf", "nan", "101", "high"):
-        assert "argument --line" in refused(capsys, "plot", tmp_path, "--line", line)
 
 
 def flipped(content, bit):
@@ -2222,7 +2199,7 @@ def test_no_flipped_bit_goes_unnoticed(run, tmp_path):
     for bit in random.Random(0).sample(range(8 * len(good)), 300):
         bad.write_bytes(flipped(good, bit))
         try:
-            assert identical(iadd.load(bad, iadd.TO_RESUME, {}, {}), content)
+            assert identical(iadd.load(bad, {}, ""), content)
         except UserError:
             refusals += 1
     assert refusals > 200
@@ -2237,7 +2214,7 @@ def test_other_torch_files_are_refused(run, tmp_path, capsys):
         assert "bad.pt" in refused(capsys, "eval", options, "--distilled", bad)
 
 
-def test_a_damaged_checkpoint_is_named_and_restart_begins_anew(small, capsys):
+def test_a_damaged_checkpoint_is_named_and_deleted_begins_anew(small, capsys):
     _, options, folder = small
     distil, path = ["distill --name hurt", DISTIL, options], folder / "hurt" / "distilled.pt"
     assert command(distil, "--iterations 4") == 0
@@ -2245,29 +2222,30 @@ def test_a_damaged_checkpoint_is_named_and_restart_begins_anew(small, capsys):
     damaged = flipped(path.read_bytes(), 8 * path.read_bytes().index(W) + 17)
     path.write_bytes(damaged)
     assert "hurt/distilled.pt" in refused(capsys, distil, "--iterations 8")
-    assert command(distil, "--iterations 4 --restart") == 0
+    assert path.read_bytes() == damaged
+    shutil.rmtree(path.parent)  # as the message says
+    assert command(distil, "--iterations 4") == 0
     assert result(folder / "hurt")["iteration"] == 4
-    (old,) = folder.glob("hurt.old-*")
-    assert (old / "distilled.pt").read_bytes() == damaged
 
 
-NAN, DOUBLE = functools.partial(torch.mul, math.nan), torch.Tensor.double
-SHORT, NARROW, FIRST = (operator.itemgetter(x) for x in (np.s_[1:], np.s_[:, :1], 0))
-SETTINGS = [{"width": 0}, {"depth": "3"}, {"zca": 7}, {"zca": True}]
-CRAFTED = {  # changes to an entry of a good file, or what to put there
-    "images": [NAN, DOUBLE, NARROW, SHORT, FIRST, torch.Tensor.tolist],
-    "labels": [lambda y: y + 9, lambda y: y - 1, DOUBLE, lambda y: y[:0]],
-    "alpha": [-0.1, math.inf, 0.0, "0.1"],
-    "mean": [FIRST, NAN, None],
-    "scale": [torch.Tensor.flatten, NAN],
-    "iteration": ["9", 1.5],
-    "classes": [3, ["cat"], ["x", "y", "z"]],
-    "settings": [{}, [1], *(lambda s, x=x: {**s, **x} for x in SETTINGS)],
-    "W": [SHORT, torch.Tensor.float, NAN],
-    "mismatch": [SHORT],
-    "m_images": [NARROW, NAN],
-    "m_alpha": [lambda m: m[None]],
-    "log": [NARROW, "", NAN],
+def test_a_file_of_another_version_is_named(small, tmp_path, capsys):
+    _, options, folder = small
+    assert command("distill --name earlier --iterations 2", DISTIL, options) == 0
+    path = folder / "earlier" / "distilled.pt"
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "format": 1}, path)
+    assert "of another version" in refused(capsys, "distill --name earlier", DISTIL, options)
+
+
+NAN = functools.partial(torch.mul, math.nan)
+CRAFTED = {  # changes to an entry of a good file that would give a wrong number without a word
+    "images": [NAN, operator.itemgetter(np.s_[:, :1]), operator.itemgetter(np.s_[1:])],
+    "labels": [lambda y: y + 9, lambda y: y - 1, lambda y: y[:0]],
+    "alpha": [lambda a: -a, lambda a: 0 * a, NAN],
+    "mean": [NAN],
+    "scale": [NAN],
+    "W": [operator.itemgetter(np.s_[1:]), NAN],
+    "settings": [lambda s: {**s, "zca": True}, lambda s: {**s, "classes": ["x", "y", "z"]}],
 }
 
 
@@ -2279,15 +2257,10 @@ def test_crafted_results_are_refused(run, tmp_path, capsys, key):
     path = tmp_path / "runs" / folder.name / "ipc1_iadd_seed0" / "distilled.pt"
     shutil.copytree(folder / "teachers", path.parent.parent / "teachers")
     distil = ["distill --iterations 14 --steps 3", options[:3], tmp_path / "runs", options[4]]
-    for change in (None, *CRAFTED[key]):
-        content = {**good, key: change(good[key]) if callable(change) else change}
-        iadd.save(content, path)
-        if content.get("classes") != ["x", "y", "z"]:  # which only eval compares with the data's
-            assert "distilled.pt" in refused(capsys, distil)
-        if key in iadd.RESULT + iadd.CHANNELS + "classes settings":
-            assert "distilled.pt" in refused(capsys, "eval --distilled", path, options)
-        if key in iadd.HISTORY:
-            assert "distilled.pt" in refused(capsys, "plot", path.parent)
+    for change in CRAFTED[key]:
+        iadd.save({**good, key: change(good[key])}, path)
+        assert "distilled.pt" in refused(capsys, distil)
+        assert "distilled.pt" in refused(capsys, "eval --distilled", path, options)
 
 
 def test_crafted_teachers_are_refused(run, tmp_path, capsys):
@@ -2295,7 +2268,7 @@ def test_crafted_teachers_are_refused(run, tmp_path, capsys):
     path = tmp_path / folder.name / "teachers" / "000.pt"
     good = torch.load(folder / "teachers" / "000.pt", weights_only=True)
     x = good["thetas"]
-    for thetas in (x[:0], x[0], x[:, 1:], x.double(), NAN(x), "x", None):
+    for thetas in (x[0], x[:, 1:], NAN(x), "x", None):
         iadd.save({**good, "thetas": thetas}, path)
         for name in ("teachers --ipc 1", "distill", "eval --on herding"):
             error = refused(capsys, name, options[:3], tmp_path, options[4])
@@ -2311,16 +2284,7 @@ def test_files_run_no_code(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({key: Evil() for key in ("images", "settings")}, "evil.pt")
     error = refused(capsys, "eval --dataset shapes --distilled evil.pt")
-    assert "evil.pt" in error and "it would run" in error and "mkdir" in error
-    assert "weights_only" not in error and not Path("evil_ran").exists()
-
-
-def test_too_little_memory_is_one_line(monkeypatch, capsys):
-    def fails(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(iadd, "load_dataset", fails)
-    assert "Tried to allocate" in refused(capsys, "teachers --dataset shapes")
+    assert "evil.pt" in error and not Path("evil_ran").exists()
 
 
 def test_run_all(tmp_path):
@@ -2330,8 +2294,8 @@ def test_run_all(tmp_path):
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\necho "$@" >> "$LOG"\n')
     python.chmod(0o755)
-    for name, copy in (("run_all.sh",) * 2, ("requirements.txt", ".venv/installed")):
-        shutil.copy(here / name, tmp_path / copy)
+    for name, place in (("run_all.sh",) * 2, ("requirements.txt", ".venv/installed")):
+        shutil.copy(here / name, tmp_path / place)
     shutil.copy(here / "requirements.txt", tmp_path)
 
     def run_all(*words, gpus="1"):
@@ -2426,19 +2390,21 @@ def job(way, task, batch, steps, width, device, compiling):
     theta, y = flat_parameters(net), torch.arange(n, device=device) % 10
     ours, precision = way in ("float32", "bf16"), "bf16" if way == "bf16" else "float32"
     args = SimpleNamespace(device=device, precision=precision, batch_real=batch)
-    args.iterations, args.compile = 0, ours and compiling
+    args.iterations, args.compile = 1, ours and compiling
     if task == "distil":
         teachers = [torch.stack([theta, theta + 0.01 * torch.randn_like(theta)]).cpu()]
-        d = iadd.Distillation(x, y, 0.01, len(theta), 1, 1e-7, 1e-4)
-        m = iadd.Matching(J=steps, K=1, max_start=1, batch=batch)
-        student = functools.partial(iadd.unroll, unrolled_step(net))
+        rates = {"alpha": 0.01, "lr_alpha": 1e-7, "lr_w": 1e-4, "lr_img": 1}
+        m = iadd.Matching(J=steps, K=1, max_start=1, batch=batch, **rates)
+        d = iadd.Distillation(x, y, len(theta), m)
+        student = unrolled(net)
         if ours:
             student = iadd.fast_student(net, theta, d, m, args)
         work = functools.partial(iadd.iteration, d, student, teachers, m, [0])
     else:
-        ell = iadd.fast_loss(net, x, y, unchanged, args, 0, args.compile)
+        images = iadd.ImageSet(x, y)
+        ell = iadd.fast_loss(net, images, 1, args)
         optimizer = torch.optim.SGD([theta.requires_grad_()], 0.01, momentum=0.9)
-        work = functools.partial(iadd.train, ell, theta, optimizer, x, y, 1, batch, unchanged)
+        work = functools.partial(iadd.train, ell, theta, optimizer, images, 1, batch)
     with FlopCounterMode(display=False) as counter:
         net(x[:batch])
     passes = 12 if task == "distil" else 3  # ways forward that a step costs, with its way back
@@ -2481,7 +2447,7 @@ def alone(function, *case):
 
 def bench(quick, width=None, compiling=True):
     """Time each part of the method against the obvious way to write it, on random data."""
-    device, gpu = torch.device(DEVICE), DEVICE == "cuda"
+    device, gpu = torch.device(f"{DEVICE}:0"), DEVICE == "cuda"
     threads, repeats = torch.get_num_threads(), 2 if quick else 7
     settings = (width or (32 if quick else 128), device, threads, compiling)
     name = torch.cuda.get_device_name() if gpu else f"{threads} CPU threads"
