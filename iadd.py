@@ -4,24 +4,20 @@
     python iadd.py distill --ipc 1              # the distilled images              (Algorithm 1)
     python iadd.py eval --arch vgg11            # fresh networks, trained on them   (Section 4.1)
 
-Give all three the same options on data and network (here cifar10 is the default). With `--dataset
-shapes` they take three minutes on two CPU cores, without a GPU or a download, and end with
-
-    trained on one distilled image per class    57.4 ± 5.5 % test accuracy
-    trained on one real image per class         29.5 ± 3.5 %
-    trained on all 2,000 images                 99.5 ± 0.2 %
-
-CIFAR-10, one image per class, five minutes on an H200: 44.2 ± 0.9 %; the paper: 46.5 ± 1.1 %.
+Give all three the same options on data and network (cifar10 is the default). `--dataset shapes`:
+they take three minutes on two CPU cores; `eval --on distilled random full` then says 57.4 ± 5.5 %
+for networks trained on one distilled image per class, 29.5 ± 3.5 for one real image, 99.5 ± 0.2
+for all 2,000. CIFAR-10, IPC 1: 44.2 ± 0.9, in five minutes on an H200; the paper: 46.5 ± 1.1.
 
 The paper: Guang Li, Ren Togo, Takahiro Ogawa, Miki Haseyama, Neural Networks 172, 2024, arXiv
-2401.15863. Sections, equations, figures, tables and lines (of Algorithm 1) below are that paper's.
+2401.15863; sections, equations, figures, tables and lines (of Algorithm 1) below are that paper's.
 Train many teachers on the real data and keep their parameters before training and after every
 epoch. Then take a few real images per class (IPC) and repeat T times: let a student start where a
 random teacher was after a random early epoch i, take J steps of gradient descent on the augmented
-distilled images, and compare where it arrives with where the teacher stood K epochs later. Their
-squared distance, each parameter weighted by its importance W, relative to the teacher's own,
-is back-propagated through all J steps into the images, the student's learning rate alpha and W.
-With W = 1 this is MTT (Cazenavette et al., CVPR 2022), whose settings fill the paper's gaps.
+distilled images, and see how far it ends from where the teacher stood K epochs later. That squared
+distance, each parameter weighted by its importance W, relative to the teacher's own, is
+back-propagated through all J steps into the images, the student's learning rate alpha and W. With
+W = 1 this is MTT (Cazenavette et al., CVPR 2022), whose settings fill the paper's gaps.
 
 Glossary
     theta       all parameters of a network as one vector, (P,)       theta, theta~, Eq. (3)-(5)
@@ -34,7 +30,6 @@ Glossary
     K           epochs of a teacher (the paper: its updates)          --expert-epochs
     max_start   a student starts at an epoch i < max_start            I+, --max-start-epoch
     S           segments of teachers, averaged; the paper: 1          --segments
-    DSA         differentiable Siamese augmentation                   the curly A, Eq. (2), [47]
 """
 
 import argparse
@@ -91,8 +86,8 @@ def cross_entropy(net: nn.Module, precision: str = "float32"):
 
 
 class Student:
-    """student(theta, alpha, x, y): the parameters (P,) after J steps of gradient descent from theta
-    (P,), one on each mini-batch of x (J, B, C, H, W), augmented, and y (J, B); alpha: ()."""
+    """student(theta, alpha, x, y): theta (P,) after J steps of gradient descent at the rate alpha,
+    (), one on each mini-batch of x (J, B, C, H, W), augmented, and y (J, B)."""
 
     def __init__(self, ell):
         self.gradient = torch.func.grad(ell)  # of ell in theta, (P,)
@@ -101,15 +96,14 @@ class Student:
         return theta - alpha * self.gradient(theta, x, y)  # Eq. (2)
 
     def step_back(self, v: Tensor, theta: Tensor, alpha: Tensor, x: Tensor, y: Tensor):
-        """v (P,), the gradient of the loss in the result of `step`, becomes those in theta, alpha
-        and x: (I - alpha H) v, -<v, g> and -alpha (dg/dx)^T v. Here g is the gradient of ell in
-        theta and H its Hessian."""
+        """v (P,), the gradient in the result of `step`, becomes those in theta, alpha and x:
+        (I - alpha H) v, -<v, g>, -alpha (dg/dx)^T v; g and H: of ell in theta."""
         g, pull_back = torch.func.vjp(lambda theta, x: self.gradient(theta, x, y), theta, x)
         Hv, dg_dx_v = pull_back(v)  # one vector-Jacobian product; H is symmetric
         return v - alpha * Hv, -(v @ g), -alpha * dg_dx_v
 
     def __call__(self, theta: Tensor, alpha: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        if not theta.requires_grad:  # as after a step: torch.compile would compile for both
+        if not theta.requires_grad:  # as the others do; else torch.compile compiles a step twice
             theta = theta.detach().requires_grad_()
         for x_j, y_j in zip(x, y):  # Algorithm 1, lines 6 and 10
             theta = StudentStep.apply(self, theta, alpha, x_j, y_j)  # lines 8, 9
@@ -117,9 +111,8 @@ class Student:
 
 
 class StudentStep(torch.autograd.Function):
-    """A step of a student as autograd sees it. create_graph=True would keep the activations of all
-    J steps for the way back; this keeps the inputs of each step and computes its activations anew:
-    the same gradients, in memory that hardly grows with J."""
+    """A step as autograd sees it. create_graph=True would keep the activations of all J steps; this
+    keeps the inputs of each and computes its activations anew: memory that hardly grows with J."""
 
     @staticmethod
     def forward(ctx, student, theta, alpha, x, y):
@@ -148,10 +141,10 @@ class Matching:
     lr_alpha: float  # mu, Eq. (10)
     lr_w: float  # eta, Eq. (11)
     lr_img: float  # zeta, Eq. (12)
-    S: int = 1
-    method: str = "iadd"
-    epsilon: float = 0.1  # DDPP's: Algorithm 1 lists it, and has no line that uses it
-    seed: int = 0
+    S: int
+    method: str  # "iadd", "mtt" or "ddpp"
+    epsilon: float  # DDPP's: Algorithm 1 lists it, and has no line that uses it
+    seed: int
 
 
 class Distillation:
@@ -165,10 +158,10 @@ class Distillation:
         self.alpha = images.new_tensor(m.alpha).requires_grad_()  # line 2
         # All ones, the "unit vector" W_0; float32 would round away what a rate of 1e-4 subtracts
         self.W = images.new_ones(P, dtype=torch.float64).requires_grad_()
-        learned = [
-            {"params": [self.alpha], "lr": m.lr_alpha, "momentum": 0.5},  # Eq. (10); as MTT
-            {"params": [self.W], "lr": m.lr_w},  # Eq. (11); no momentum: our choice
-            {"params": [self.images], "lr": m.lr_img, "momentum": 0.5},  # Eq. (12); as MTT
+        learned = [  # the paper is silent on momentum: MTT's, and none for W
+            {"params": [self.alpha], "lr": m.lr_alpha, "momentum": 0.5},  # Eq. (10)
+            {"params": [self.W], "lr": m.lr_w},  # Eq. (11)
+            {"params": [self.images], "lr": m.lr_img, "momentum": 0.5},  # Eq. (12)
         ]
         self.optimizer = torch.optim.SGD(learned)
         self.mismatch = images.new_zeros(P)  # theta - theta_target of the last student, to plot
@@ -183,22 +176,22 @@ def iadd_loss(theta: Tensor, theta_start: Tensor, theta_target: Tensor, W: Tenso
 
 
 def weigh(m: Matching, W: Tensor, mismatch: Tensor) -> Tensor:
-    """The weights (P,) of a mismatch (P,): all that distinguishes the three methods.
-    IADD learns them; MTT's [51] are 1; DDPP [54] drops what is hardest to match: here the share
-    epsilon of the parameters, anew for each start (a guess: the paper gives no rule)."""
+    """The weights (P,) of a mismatch (P,). IADD learns them; MTT's [51] are 1; DDPP [54] drops what
+    is hardest to match: here the share epsilon, anew for each start (the paper gives no rule)."""
     if m.method == "iadd":
         return W
     if m.method == "mtt":
         return torch.ones_like(W)
-    kept = max(1, round((1 - m.epsilon) * len(mismatch)))
-    return (mismatch.abs() <= mismatch.abs().kthvalue(kept).values).to(W.dtype)
+    size = mismatch.abs()
+    kept = max(1, round((1 - m.epsilon) * len(size)))
+    return (size <= size.kthvalue(kept).values).to(W.dtype)
 
 
-def random_segment(teachers: list[Tensor], K: int, max_start: int) -> tuple[Tensor, Tensor]:
-    """theta_i, theta_{i+K} of a random teacher (epochs + 1, P), i uniform below max_start."""
+def random_segment(teachers: list[Tensor], K: int, max_start: int) -> Tensor:
+    """theta_i, theta_{i+K}, (2, P), of a random teacher (epochs + 1, P) and start i < max_start."""
     trajectory = teachers[torch.randint(len(teachers), ())]
-    i = torch.randint(max_start, ())
-    return trajectory[i], trajectory[i + K]
+    i = torch.randint(max_start, ()).item()
+    return trajectory[[i, i + K]]
 
 
 def minibatches(n: int, batch: int, J: int) -> Tensor:
@@ -211,8 +204,8 @@ def minibatches(n: int, batch: int, J: int) -> Tensor:
 
 
 def student_batches(images: Tensor, labels: Tensor, batch: int, J: int) -> tuple[Tensor, Tensor]:
-    """J augmented mini-batches, x (J, batch, C, H, W) and y (J, batch): Algorithm 1, line 7, Eq.
-    (1). All at once, as the images do not change within an iteration."""
+    """J augmented mini-batches, x (J, batch, C, H, W), y (J, batch): Algorithm 1, line 7, Eq. (1),
+    all at once, as the images do not change within an iteration."""
     index = minibatches(len(images), batch, J).to(images.device)
     x = images.index_select(0, index.flatten())  # on a CPU its gradient adds in a fixed order
     return augment(x.view(J, batch, *images.shape[1:])), labels[index]
@@ -221,7 +214,7 @@ def student_batches(images: Tensor, labels: Tensor, batch: int, J: int) -> tuple
 def matching_loss(d: Distillation, student: Student, teachers: list[Tensor], m: Matching) -> Tensor:
     """Algorithm 1, lines 4-13: the loss, (), of one student."""
     segment = random_segment(teachers, m.K, m.max_start)  # line 4
-    theta_start, theta_target = (theta.to(d.images.device) for theta in segment)
+    theta_start, theta_target = segment.to(d.images.device)
     x, y = student_batches(d.images, d.labels, m.batch, m.J)  # line 7
     theta = student(theta_start, d.alpha, x, y)  # lines 5, 6, 8-10
     d.mismatch = theta.detach() - theta_target  # as in Fig. 1
@@ -229,9 +222,8 @@ def matching_loss(d: Distillation, student: Student, teachers: list[Tensor], m: 
 
 
 def iteration(d: Distillation, student, teachers: list[Tensor], m: Matching, segments) -> Tensor:
-    """Algorithm 1, lines 4-14, of which T are made: updates d, returns the loss, (). segments:
-    range(S), or the share of this process. (Eq. (10)-(12) carry the index j of a student's step,
-    but the gradient exists only when all J steps are done.)"""
+    """Algorithm 1, lines 4-14: updates d, returns the loss, (). segments: range(S), or a process's
+    share. (Eq. (10)-(12) have an index j, but the gradient exists only after all J steps.)"""
     d.optimizer.zero_grad()
     loss = d.W.new_zeros(())
     for s in segments:
@@ -245,7 +237,8 @@ def iteration(d: Distillation, student, teachers: list[Tensor], m: Matching, seg
     return loss
 
 
-# ---- 3. DSA, the curly A in Eq. (2) [47]; x is (N, C, H, W), each image draws its own parameters
+# ---- 3. DSA: differentiable Siamese augmentation [47], the curly A in Eq. (2) ------------
+# x is (N, C, H, W), and each image draws its own parameters
 
 
 def uniform(x: Tensor, low: float, high: float) -> Tensor:
@@ -311,9 +304,8 @@ DSA = [dsa_color, dsa_crop, dsa_cutout, dsa_flip, dsa_scale, dsa_rotate]
 
 
 def augment(x: Tensor) -> Tensor:
-    """Augments J mini-batches (J, B, C, H, W): each draws one of the six kinds for all its images.
-    Differentiable in x. It equals torch.stack([DSA[k](x_j) for k, x_j in zip(kind, x)]), but calls
-    each kind once, for all its mini-batches."""
+    """Augments J mini-batches (J, B, C, H, W): each draws one of the six kinds for all its images,
+    as torch.stack([DSA[k](x_j) for k, x_j in zip(kind, x)]), but a kind draws and works at once."""
     kind = torch.randint(len(DSA), (len(x),))
     order = kind.argsort().to(x.device)  # mini-batches of a kind are neighbours
     parts = x[order].split(kind.bincount(minlength=len(DSA)).tolist())
@@ -325,8 +317,8 @@ def augment(x: Tensor) -> Tensor:
 
 
 def plain_network(shape, classes: int, layers: list, norm: bool = True) -> nn.Module:
-    """Convolutions (width, kernel), each with instance normalisation and ReLU, and halvings "avg"
-    or "max"; then a linear layer. shape: (C, H, W) of the images. Raises UserError if too small."""
+    """Convolutions (width, kernel), each with instance normalisation and ReLU, halvings "avg" or
+    "max", a linear layer. shape: (C, H, W) of the images. Raises UserError if too small."""
     channels, side, _ = shape
     modules = []
     for layer in layers:
@@ -365,6 +357,8 @@ def vgg11(shape, classes: int) -> nn.Module:
 
 def resnet18(shape, classes: int) -> nn.Module:
     """ResNet18 [7] for small images: a 3x3 stem without stride or pooling."""
+    if shape[1] <= 8:  # its last stage would normalise single pixels, that is, make all alike
+        raise UserError(f"images of {shape} are too small for this network")
     net = torchvision.models.resnet18(norm_layer=lambda w: nn.GroupNorm(w, w), num_classes=classes)
     net.conv1 = nn.Conv2d(shape[0], 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
@@ -380,7 +374,7 @@ ARCHITECTURES = {"convnet": convnet, "alexnet": alexnet, "vgg11": vgg11, "resnet
 
 
 def seed_all(*key) -> None:
-    """Starts the random stream named `key`, such as (seed, "teacher", 3): one for each purpose."""
+    """Starts the random stream named `key`, such as (seed, "teacher", 3)."""
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 
@@ -398,16 +392,15 @@ def train(ell, theta: Tensor, optimizer, images: "ImageSet", epochs: int, batch:
 
 
 def train_teacher(ell, theta: Tensor, images: "ImageSet", lr: float, batch: int) -> Tensor:
-    """A teacher's parameters, (P,) on the CPU, an epoch after theta (P,). Plain SGD, as MTT's, so
-    theta is all its state."""
+    """A teacher, (P,) on the CPU, an epoch after theta (P,). Plain SGD: theta is all its state."""
     theta = theta.to(images.x.device, copy=True).requires_grad_()
     train(ell, theta, torch.optim.SGD([theta], lr), images, 1, batch)
     return theta.detach().cpu()
 
 
 def train_network(ell, theta: Tensor, images, epochs: int, lr: float, batch: int) -> Tensor:
-    """A network of the evaluation, trained from theta (P,) on. The paper is silent; nearly as MTT:
-    SGD with momentum .9, weight decay 5e-4, DSA, a tenth of the rate in the second half."""
+    """A network of the evaluation, from theta (P,) on. The paper is silent; nearly as MTT: SGD with
+    momentum .9, weight decay 5e-4, DSA, a tenth of the rate in the second half."""
     theta = theta.to(images.x.device, copy=True).requires_grad_()
     optimizer = torch.optim.SGD([theta], lr, momentum=0.9, weight_decay=5e-4)
     train(ell, theta, optimizer, images, epochs - epochs // 2, batch)
@@ -465,7 +458,7 @@ class Normalisation:
         return z
 
     def image_set(self, images: Tensor, labels: Tensor) -> "ImageSet":
-        """uint8 images (N, C, H, W), (N,) on the device: whitened; without ZCA as bytes."""
+        """uint8 (N, C, H, W), (N,), on the device: with ZCA whitened, without it left as bytes."""
         device = self.mean.device
         if self.zca:
             return ImageSet(self(images), labels.to(device))
@@ -483,10 +476,13 @@ def real_images(data: "Dataset", normalise: Normalisation, ipc: int, choose=None
     ones (Algorithm 1, line 1), or those whose indices `choose` returns for a class's images."""
     images, labels = data.train
     chosen = []
-    for c in range(len(data.classes)):
+    for c, name in enumerate(data.classes):
         members = torch.nonzero(labels == c)[:, 0]
-        some = torch.randperm(len(members))[:ipc]
-        if choose:
+        if len(members) < ipc:
+            raise UserError(f"IPC {ipc} is too large: {name} has {len(members)} training images")
+        if choose is None:
+            some = torch.randperm(len(members))[:ipc]
+        else:
             some = choose(normalise(images[members]))
         chosen.append(members[some])
     index = torch.cat(chosen)
@@ -497,7 +493,8 @@ def real_images(data: "Dataset", normalise: Normalisation, ipc: int, choose=None
 
 
 class UserError(Exception):
-    """Something the user can mend. The command line prints it as one line and exits with code 2."""
+    """Something the user can mend. The command line prints it as one line and exits with
+    code 2."""
 
 
 # ---- 7. Settings: default < preset < what the user typed ---------------------------------
@@ -521,7 +518,8 @@ shapes          1        6 10 2         4    300     1e-5   .03  None False
 
 
 def preset(name: str, ipc: int) -> dict:
-    """Settings of a dataset (a folder: of cifar10) at the largest IPC <= ipc, else at the least."""
+    """Settings of a dataset (a folder: of cifar10) at the largest IPC <= ipc, else at the
+    least."""
     header, *lines = [line.split() for line in PRESETS.strip().splitlines()]
     table = [dict(zip(header, [line[0], *map(ast.literal_eval, line[1:])])) for line in lines]
     rows = [row for row in table if row["dataset"] == name] or table[:3]  # CIFAR-10's
@@ -534,7 +532,8 @@ def preset(name: str, ipc: int) -> dict:
 
 @dataclass
 class Dataset:
-    """train and test: uint8 images (N, C, H, W), H = W, and int64 labels (N,), index of classes."""
+    """train and test: uint8 images (N, C, H, W), H = W, and int64 labels (N,), index of
+    classes."""
 
     name: str
     classes: list[str]
@@ -547,9 +546,9 @@ class Dataset:
 
 
 class ImageSet:
-    """Images and labels on a device, read by index: x, y = images[index], where x is network input.
-    x: that already, (N, C, H, W), or with `normalise` uint8, a quarter as large, normalised anew
-    each time; y: (N,)."""
+    """Images and labels on a device, read by index: x, y = images[index], where x is
+    network input. x: that already, (N, C, H, W), or with `normalise` uint8, a quarter as
+    large, normalised anew each time; y: (N,)."""
 
     def __init__(self, x: Tensor, y: Tensor, normalise: "Normalisation | None" = None):
         self.x = x
@@ -565,7 +564,8 @@ class ImageSet:
 
 
 def load_dataset(name: str, data_dir: Path, size: int | None = None, only=()) -> Dataset:
-    """One of PRESETS, or a folder {train,test}/<class>/*; with `size` pixels, of classes `only`."""
+    """One of PRESETS, or a folder {train,test}/<class>/*; with `size` pixels, of classes
+    `only`."""
     if name in ("cifar10", "cifar100", "shapes"):
         if size or only:
             raise UserError(f"--size and --classes are for datasets of image files, not for {name}")
@@ -573,7 +573,7 @@ def load_dataset(name: str, data_dir: Path, size: int | None = None, only=()) ->
     if name == "tinyimagenet":
         return read_dataset(name, list_tiny_imagenet(data_dir), only, size, "RGB")
     if name == "covid":
-        return read_dataset(name, list_covid(data_dir, only), only, size or 112, "L")
+        return read_dataset(name, list_covid(data_dir), only, size or 112, "L")
     root = Path(name)
     if not root.is_dir():
         raise UserError(f"unknown dataset {name!r}: neither one of those in --help, nor a folder")
@@ -608,7 +608,8 @@ def image_files(root: Path) -> dict[str, list[Path]]:
 
 
 def list_tiny_imagenet(root: Path) -> tuple[dict, dict]:
-    """{class: files} to train on, of Tiny ImageNet [80], and to test on: its validation images."""
+    """{class: files} to train on, of Tiny ImageNet [80], and to test on: its validation
+    images."""
     annotations = root / "val/val_annotations.txt"
     if not annotations.exists():
         raise UserError(f"--data-dir {root} is not the folder tiny-imagenet-200, see README")
@@ -619,16 +620,13 @@ def list_tiny_imagenet(root: Path) -> tuple[dict, dict]:
     return image_files(root / "train"), test
 
 
-def list_covid(root: Path, only=()) -> tuple[dict, dict]:
-    """{class: files} to train and to test on, of COVID-19 Radiography [81]: 8:2, Section 4.1. A
-    hash of the file's name decides, so that the split is the same everywhere."""
-    found = image_files(root)
+def list_covid(root: Path) -> tuple[dict, dict]:
+    """{class: files} to train and to test on, of COVID-19 Radiography [81]: 8:2, Section
+    4.1. A hash of the file's name decides, so that the split is the same everywhere."""
     train, test = {}, {}
-    for name in only or ["COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"]:
-        if name not in found:
-            raise UserError(f"--data-dir {root} has no folder {name} but {[*found]}, see README")
-        hashes = {f: hashlib.sha256(f"{name}/{f.name}".encode()).digest() for f in found[name]}
-        files = sorted(found[name], key=hashes.get)
+    for name, files in image_files(root).items():
+        hashes = {file: hashlib.sha256(f"{name}/{file.name}".encode()).digest() for file in files}
+        files = sorted(files, key=hashes.get)
         cut = round(0.8 * len(files))
         train[name] = files[:cut]
         test[name] = files[cut:]
@@ -652,27 +650,33 @@ def read_image(path: Path, size: int | None, mode: str) -> np.ndarray:
 
 
 def read_dataset(name: str, files: tuple[dict, dict], only, size, mode: str) -> Dataset:
-    """From {class: files} of training and of test images; only: the classes to use, or all; size,
-    mode: as in `read_image`. Raises UserError."""
+    """From {class: files} of training and of test images; only: the classes to use, or all;
+    size, mode: as in `read_image`. Raises UserError."""
     train, test = files
     classes = sorted({*(only or [*train, *test])})
     lacking = [c for c in classes if not train.get(c) or not test.get(c)]
     if lacking or len(classes) < 2:
         lacking = lacking or "two classes"
         raise UserError(f"{name}: no images to train on or to test on of {lacking}; see README")
-    paths = [path for part in files for c in classes for path in part[c]]
-    labels = torch.tensor([k for part in files for k, c in enumerate(classes) for _ in part[c]])
+    paths, labels = [], []
+    for part in files:
+        for k, c in enumerate(classes):
+            paths += part[c]
+            labels += [k] * len(part[c])
     with ThreadPoolExecutor() as pool:
         reading = pool.map(functools.partial(read_image, size=size, mode=mode), paths)
         arrays = list(progress(reading, desc=f"reading {name}", total=len(paths)))
-    side = np.bincount([array.shape[1] for array in arrays]).argmax()  # the commonest
+    side = int(np.bincount([array.shape[1] for array in arrays]).argmax())  # the commonest
     for path, array in zip(paths, arrays):
         if array.shape[1:] != (side, side):
             raise UserError(f"{path} has {array.shape[1:]} pixels, not {side, side}; see --size")
-    images = torch.from_numpy(np.stack(arrays))
+    if only:
+        name = "-".join([name, *classes])
+    if size:
+        name = f"{name}-{size}px"
     n = sum(len(train[c]) for c in classes)
-    name = "-".join([name, *(classes if only else []), *([f"{size}px"] if size else [])])
-    return Dataset(name, classes, (images[:n], labels[:n]), (images[n:], labels[n:]))
+    x, y = torch.from_numpy(np.stack(arrays)), torch.tensor(labels)
+    return Dataset(name, classes, (x[:n], y[:n]), (x[n:], y[n:]))
 
 
 SHAPES = {  # positive inside the figure; (u, v) are its own coordinates, its radius is 1
@@ -710,10 +714,10 @@ def make_shapes(train: int = 200, test: int = 50, seed: int = 0) -> Dataset:
         image = image * (1 + draw(-0.3, 0.3) * x + draw(-0.3, 0.3) * y)
         image += rng.normal(0, 0.15, image.shape)
         images.append(torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)))
-    of_class = torch.stack(images)  # (10, train + test, 3, 32, 32)
-    labels = torch.arange(len(SHAPES))
-    train_part = of_class[:, :train].flatten(0, 1), labels.repeat_interleave(train)
-    test_part = of_class[:, train:].flatten(0, 1), labels.repeat_interleave(test)
+    x, test_x = torch.stack(images).split([train, test], 1)  # (10, train, 3, 32, 32), ...
+    y = torch.arange(len(SHAPES))
+    train_part = x.flatten(0, 1), y.repeat_interleave(train)
+    test_part = test_x.flatten(0, 1), y.repeat_interleave(test)
     return Dataset("shapes", list(SHAPES), train_part, test_part)
 
 
@@ -730,8 +734,8 @@ def fingerprint(tensors) -> int:
 
 
 def save(content: dict, path: Path) -> None:
-    """torch.save to another name, then renamed: `path` is the old file or the new, always whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """torch.save to another name, then renamed: `path` is the old file or the new, always
+    whole."""
     temporary = path.with_suffix(".tmp")
     try:
         torch.save({"format": FORMAT, **content}, temporary)
@@ -741,7 +745,8 @@ def save(content: dict, path: Path) -> None:
 
 
 def load(path: Path, settings: dict, hint: str, device="cpu", teacher: bool = False) -> dict:
-    """What `save` wrote under these settings. It runs no code of a stranger's. Raises UserError."""
+    """What `save` wrote under these settings. It runs no code of a stranger's. Raises
+    UserError."""
     try:
         with zipfile.ZipFile(path) as records:  # torch.load does not look at their CRCs
             if records.testzip():
@@ -764,33 +769,34 @@ def check(content: dict, teacher: bool) -> None:
     """Raises ValueError for what would otherwise give a wrong number without a word."""
     settings = content["settings"]
     if teacher:
-        shapes = {"thetas": [len(content["thetas"]), settings["P"]]}
+        fits = content["thetas"].shape[1:] == (settings["P"],)
     else:
-        shapes = {"images": [len(content["labels"]), *settings["shape"]], "W": [settings["P"]]}
-        known = range(len(settings["classes"]))
-        if not content["alpha"] > 0 or not {*content["labels"].tolist()} <= {*known}:
-            raise ValueError("alpha or a label is out of range")
-    for name, x in content.items():
-        if isinstance(x, Tensor) and not x.isfinite().all():
-            raise ValueError(f"{name} is not finite")
-    for name, shape in shapes.items():
-        if list(content[name].shape) != shape:
-            raise ValueError(f"{name} has the shape {list(content[name].shape)}, not {shape}")
+        images, labels = content["images"], content["labels"]
+        fits = images.shape == (len(labels), *settings["shape"])
+        fits = fits and content["W"].shape == (settings["P"],) and content["alpha"] > 0
+        fits = fits and labels.min() >= 0 and labels.max() < len(settings["classes"])
+    if not fits or not all(x.isfinite().all() for x in content.values() if torch.is_tensor(x)):
+        raise ValueError("shapes do not fit, or values are out of range")
 
 
 def one_writer(folder: Path, args: argparse.Namespace):
-    """The lock of a folder, for `with`. Raises OSError if another process has it."""
+    """The lock of a folder, for `with`. Raises UserError."""
     folder.mkdir(parents=True, exist_ok=True)
-    return filelock.FileLock(folder / f".lock{args.rank}").acquire(timeout=0)
+    try:
+        return filelock.FileLock(folder / f".lock{args.rank}").acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"another process writes to {folder}") from None
 
 
 def copies(inputs) -> list[Tensor]:
+    """Leaves of the same values."""
     return [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
 
 
 def outcome(function, inputs) -> list[Tensor]:
-    """function(*inputs) less the first of them, from where a student starts, and the gradients of
-    the square of that."""
+    """function(*inputs) less the first of them, as it counts how far a student comes from
+    where it starts (for a loss, () - (P,): odd, and enough), and the gradients of the
+    square of that."""
     inputs = copies(inputs)
     moved = function(*inputs) - inputs[0].detach()
     learned = [x for x in inputs if x.requires_grad]
@@ -798,12 +804,13 @@ def outcome(function, inputs) -> list[Tensor]:
 
 
 def attempt(what: str, make, plain, inputs):
-    """make(plain), which is faster; or if it fails, or with these inputs is off by half, a line
-    that says so, and `plain`."""
+    """make(plain), which is faster; or if it fails, or with these inputs is off by half, a
+    line that says so, and `plain`."""
     try:
         fast = make(plain)
         pairs = zip(outcome(fast, inputs), outcome(plain, inputs))
-        if all((a - b).norm() <= 0.5 * b.norm() for a, b in pairs):  # in bf16 they differ by 0.15
+        # bf16 rounds by 0.15 on the way; what is wrong is off by more
+        if all((a - b).norm() <= 0.5 * b.norm() for a, b in pairs):
             return fast
         why = "it gives other results"
     except (MemoryError, torch.OutOfMemoryError):
@@ -825,7 +832,8 @@ def compiled(function):
 
 
 def recorded(function, inputs):
-    """A function as a CUDA graph: of fixed shapes, and each call overwrites the last result."""
+    """A function as a CUDA graph: of fixed shapes, and each call overwrites the last
+    result."""
     gc.collect()  # an old graph that Python frees only while this is recorded spoils it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch 2.11 sees a stream of its own and wonders
@@ -840,8 +848,9 @@ def recorded(function, inputs):
 
 def accelerated(plain, inputs, images: int, wanted: bool | None):
     """plain, compiled, and on a GPU as a CUDA graph. inputs: examples. wanted: --compile,
-    --no-compile (nor a graph), or None to compile if `images` in all steps repay the minute that it
-    takes. Without any images it is never compiled."""
+    --no-compile (nor a graph), or None to compile if `images` in all steps that are left
+    repay the minute that it takes (which rounds otherwise). Without any images it is never
+    compiled."""
     if wanted is False:
         return plain
     gpu = inputs[0].is_cuda
@@ -856,14 +865,16 @@ def accelerated(plain, inputs, images: int, wanted: bool | None):
 
 
 def fast_loss(net: nn.Module, images: ImageSet, epochs: int, args: argparse.Namespace):
-    """The loss of a network, made faster for mini-batches of images and so many epochs in all."""
+    """The loss of a network, made faster for mini-batches of images and so many epochs in
+    all."""
     ell = cross_entropy(net, args.precision)
     inputs = (flat_parameters(net).requires_grad_(), *images[: args.batch_real])
     return accelerated(ell, inputs, epochs * len(images), args.compile)
 
 
 def fast_student(net: nn.Module, theta: Tensor, d: Distillation, m: Matching, args):
-    """The `Student` of a network, made faster; a step counts as 4 of a training. theta: a start."""
+    """The `Student` of a network, made faster; a step counts as 4 of a training. theta: a
+    start."""
     J = m.J if d.images.is_cuda else 2  # a CUDA graph is of all steps
     inputs = (theta.to(d.images.device), d.alpha, *student_batches(d.images, d.labels, m.batch, J))
     images = 4 * (args.iterations - d.t) * m.S * m.J * m.batch
@@ -871,8 +882,9 @@ def fast_student(net: nn.Module, theta: Tensor, d: Distillation, m: Matching, ar
 
 
 def tune(device: torch.device) -> None:
-    """cuDNN times its convolutions and chooses. glibc's malloc keeps large blocks that are freed:
-    the system would clear every page before it gave it out again, up to half of a step's time."""
+    """cuDNN times its convolutions and chooses. glibc's malloc keeps large blocks that are
+    freed: the system would clear every page before it gave it out again, up to half of a
+    step's time."""
     torch.backends.cudnn.benchmark = True
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are recorded on the current one
@@ -901,27 +913,29 @@ def new_network(arch: str, data: Dataset, args: argparse.Namespace) -> nn.Module
 
 
 def prepare(args: argparse.Namespace) -> tuple[Dataset, dict, Path]:
-    """The data, what settings teachers and results have in common, and the folder of both. Raises
-    UserError."""
+    """The data, what settings teachers and results have in common, and the folder of both.
+    Raises UserError."""
     data = load_dataset(args.dataset, args.data_dir, args.size, args.classes)
-    images, labels = data.train
-    smallest = labels.bincount().min()
-    if args.ipc > smallest:
-        raise UserError(f"--ipc {args.ipc} is too large: the smallest class has {smallest} images")
-    if args.zca and images[0].numel() > 20000:
+    if args.zca and math.prod(data.shape) > 20000:
         raise UserError("the images are too large for ZCA: use --no-zca, or a smaller --size")
     P = len(flat_parameters(new_network("convnet", data, args)))
-    sizes = f"{len(images)} training and {len(data.test[0])} test images of {data.shape}"
-    print(f"{data.name}: {sizes} in {len(data.classes)} classes: {', '.join(data.classes)}")
-    shared = {"dataset": data.name, "fingerprint": fingerprint(data.train)}
-    shared |= {"shape": list(data.shape), "classes": data.classes, "P": P}
-    shared |= {"zca": args.zca, "width": args.width}
+    print(f"{data.name}: {len(data.train[1])} training and {len(data.test[1])} test images")
+    shared = {
+        "dataset": data.name,
+        "fingerprint": fingerprint(data.train),
+        "classes": data.classes,
+        "shape": list(data.shape),
+        "zca": args.zca,
+        "width": args.width,
+        "P": P,
+    }
     folder = args.runs / f"{data.name}_{'zca' if args.zca else 'std'}_w{args.width}"
     return data, shared, folder
 
 
 def command_teachers(args: argparse.Namespace) -> None:
-    """Train teachers on the real data and keep their parameters after every epoch (Section 3.1)."""
+    """Train teachers on the real data and keep their parameters after every epoch (Section
+    3.1)."""
     data, settings, folder = prepare(args)
     settings |= {"lr_teacher": args.lr_teacher, "batch_real": args.batch_real}
     settings |= {"seed": args.seed, "precision": args.precision}
@@ -983,7 +997,7 @@ def command_distill(args: argparse.Namespace) -> None:
     teachers = load_teachers(args, folder / "teachers", settings)
     m = Matching(**{name: getattr(args, name) for name in Matching.__annotations__})
     N = args.ipc * len(data.classes)
-    m.batch = min(m.batch or N, N)
+    m.batch = min(args.batch or N, N)
     settings |= {**vars(m), "ipc": args.ipc, "precision": args.precision}
     settings |= {"teachers": len(teachers), "teachers_fingerprint": fingerprint(teachers)}
     print(f"settings: {settings}, {args.iterations} iterations; {args.machine}")
@@ -992,27 +1006,27 @@ def command_distill(args: argparse.Namespace) -> None:
         normalise = Normalisation(result["mean"], result["scale"])
         student = fast_student(new_network("convnet", data, args), teachers[0][0], d, m, args)
         mine = range(args.rank, m.S, args.ranks)  # segments of this process
-        losses = []
+        log, losses = result["log"], []
         saved = time.time()
         bar = progress(total=args.iterations, initial=d.t, unit="it")
         while d.t < args.iterations:  # Algorithm 1, lines 3 and 15
             losses.append(iteration(d, student, teachers, m, mine))  # lines 4-14
             bar.update()
             last = d.t == args.iterations
-            test = args.eval_every and d.t % args.eval_every == 0
-            if d.t % 10 > 0 and not last and not test:  # to look at a number is to wait for a GPU
+            tests = args.eval_every and d.t % args.eval_every == 0
+            if d.t % 10 > 0 and not last and not tests:  # to look at a number is to wait for a GPU
                 continue
             result |= state_of(d)
-            result["log"].append(log_row(d, losses))
+            row = log_row(d, losses)
+            log.append(row)
             losses = []
-            bar.set_postfix_str(f"loss {result['log'][-1][2]:.4g}", refresh=False)
-            if test:
+            bar.set_postfix_str(f"loss {row[2]:.4g} alpha {row[3]:.4g}", refresh=False)
+            if tests:
                 images = ImageSet(result["images"], d.labels)
-                row = {"on": "distilled", "arch": "convnet", "ipc": args.ipc, "iteration": d.t}
-                evaluate(args, data, normalise, images, {**row, "lr": d.alpha.item()}, out)
+                about = {"on": "distilled", "ipc": args.ipc, "iteration": d.t, "lr": row[3]}
+                evaluate(args, data, normalise, images, {**about, "arch": "convnet"}, out)
             if args.rank > 0:
                 continue
-            log = result["log"]
             np.savetxt(out / "log.csv", log, "%.17g", ",", header=",".join(LOG), comments="")
             if last or d.t % (10 * math.ceil(args.iterations / 200)) == 0:  # 20 times
                 draw(result["images"], normalise, args.ipc, out / f"images_{d.t:05d}.png")
@@ -1024,12 +1038,14 @@ def command_distill(args: argparse.Namespace) -> None:
 
 
 def begin(args, data: Dataset, m: Matching, settings: dict, path: Path):
-    """A distillation, as the file at `path` has it or new, and the content of that file."""
+    """A distillation, as the file at `path` has it or new, and the content of that file.
+    (Of many processes that begin, some may find iteration 0 saved already: it is the
+    same.)"""
     if path.exists():
         hint = "delete its folder, or --name NAME keeps both"
         result = load(path, settings, hint, args.device)
         d = Distillation(result["images"], result["labels"], settings["P"], m)
-        for name in ("alpha", "W", "mismatch"):
+        for name in ("alpha", "W"):
             getattr(d, name).data.copy_(result[name])
         d.optimizer.load_state_dict(result["optimizer"])
         d.t = result["iteration"]
@@ -1077,7 +1093,8 @@ def draw(images: Tensor, normalise: Normalisation, ipc: int, path: Path) -> None
 
 @torch.no_grad()
 def herding(net: nn.Sequential, theta: Tensor, ipc: int, x: Tensor) -> Tensor:
-    """Herding [83]: indices (ipc,) into x (N, C, H, W). Features: the input of the last layer."""
+    """Herding [83]: indices (ipc,) into x (N, C, H, W). Features: the input of the last
+    layer."""
     nn.utils.vector_to_parameters(theta.to(x.device), net.parameters())
     features = torch.cat([net[:-1](part) for part in x.split(500)])  # (N, features)
     chosen = []
@@ -1090,14 +1107,16 @@ def herding(net: nn.Sequential, theta: Tensor, ipc: int, x: Tensor) -> Tensor:
 
 
 def command_eval(args: argparse.Namespace) -> None:
-    """Train fresh networks on the distilled images and test them on real ones (Section 4.1)."""
+    """Train fresh networks on the distilled images and test them on real ones (Section
+    4.1)."""
     data, shared, folder = prepare(args)
     about = {"ipc": args.ipc, "iteration": None, "lr": args.lr_teacher}
     if "distilled" in args.on:
         path = args.distilled or folder / args.name / "distilled.pt"
+        wanted = dict(shared)
         if args.distilled:  # from elsewhere, where other decoders of image files give other pixels
-            del shared["fingerprint"]
-        result = load(path, shared, "options must fit", args.device)
+            del wanted["fingerprint"]
+        result = load(path, wanted, "options must fit", args.device)
         normalise = Normalisation(result["mean"], result["scale"])
         about["ipc"] = result["settings"]["ipc"]  # --name does not tell it
         print(path)
@@ -1112,12 +1131,12 @@ def command_eval(args: argparse.Namespace) -> None:
             row |= {"iteration": result["iteration"], "lr": result["alpha"].item()}
         elif on == "full":
             images = normalise.image_set(*data.train)
-        elif on == "random":
-            images = ImageSet(*real_images(data, normalise, row["ipc"]))
         else:
-            first = load(folder / "teachers/000.pt", shared, "train it first", teacher=True)
-            net = new_network("convnet", data, args)
-            choose = functools.partial(herding, net, first["thetas"][-1], row["ipc"])
+            choose = None
+            if on == "herding":
+                teacher = load(folder / "teachers/000.pt", shared, "train it first", teacher=True)
+                net = new_network("convnet", data, args)
+                choose = functools.partial(herding, net, teacher["thetas"][-1], row["ipc"])
             images = ImageSet(*real_images(data, normalise, row["ipc"], choose))
         for arch in args.arch:
             evaluate(args, data, normalise, images, {**row, "arch": arch}, folder / args.name)
@@ -1142,6 +1161,8 @@ def evaluate(args, data: Dataset, normalise: Normalisation, images: ImageSet, ro
         if on == "random":
             images = ImageSet(*real_images(data, normalise, row["ipc"]))
         theta = train_network(ell, theta, images, epochs, lr, args.batch_real)
+        if not theta.isfinite().all():
+            raise UserError(f"a network diverged at the learning rate {lr}: lower --lr")
         matrices[k] = confusion_matrix(net, theta, test)
     sum_over_ranks(matrices)
     scores = [100 * matrix.trace().item() / len(test) for matrix in matrices]
@@ -1150,7 +1171,7 @@ def evaluate(args, data: Dataset, normalise: Normalisation, images: ImageSet, ro
     seconds = time.time() - start
     line = f"{on:<12}{arch:<10}{f'{mean:.1f} ± {std:.1f} %':>14}{args.nets:>10}{epochs:>8}"
     tqdm.write(f"{line}{lr:>10.5f}{seconds:>9.0f}")
-    row |= {"lr": lr, "epochs": epochs, "seed": args.seed, "precision": args.precision}
+    row = {**row, "lr": lr, "epochs": epochs, "seed": args.seed, "precision": args.precision}
     row |= {"mean": mean, "std": std, "accuracies": scores, "seconds": seconds}
     row["confusion"] = matrices.sum(0).tolist()
     if args.rank == 0:
@@ -1160,7 +1181,8 @@ def evaluate(args, data: Dataset, normalise: Normalisation, images: ImageSet, ro
 
 
 def command_plot(args: argparse.Namespace) -> None:
-    """Draw the course of a distillation, its weights W beside what they weigh, and its images."""
+    """Draw the course of a distillation, its weights W beside what they weigh, and its
+    images."""
     from matplotlib.figure import Figure
 
     result = load(args.folder / "distilled.pt", {}, "give the folder of a result")
@@ -1330,10 +1352,10 @@ def main(argv: list[str] | None = None) -> int:
         args.function(args)
         return 0
     except KeyboardInterrupt:
-        print("iadd.py: interrupted; the same command goes on from the last minute", file=stderr)
+        print("iadd.py: interrupted; teachers and distill go on from the last minute", file=stderr)
         return 130
     except (UserError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"iadd.py: error: {error or 'out of memory'}", file=stderr)
+        print(f"iadd.py: error: {str(error) or 'out of memory'}", file=stderr)
         return 2
     finally:
         sys.stderr = stderr  # for a traceback

@@ -191,8 +191,9 @@ def test_loss_by_hand():  # Eq. (9)
 
 def settings_of(**changed):
     """Those of Algorithm 1, for the problem below."""
+    steps = {"J": 3, "K": 2, "max_start": 2, "batch": 4, "S": 1, "seed": 0}
     rates = {"alpha": 0.05, "lr_img": 1000, "lr_alpha": 0.1, "lr_w": 0.0}
-    return iadd.Matching(**{"J": 3, "K": 2, "max_start": 2, "batch": 4, **rates, **changed})
+    return iadd.Matching(**{**steps, **rates, "method": "iadd", "epsilon": 0.1, **changed})
 
 
 def test_weights_of_the_three_methods():
@@ -284,7 +285,7 @@ def test_ddpp_matches_only_what_is_easy():
 
 def test_segments_cover_the_allowed_epochs():
     teachers = [torch.arange(6.0)[:, None] + 10 * n for n in range(3)]
-    seen = {tuple(torch.cat(iadd.random_segment(teachers, 2, 4)).tolist()) for _ in range(400)}
+    seen = {tuple(iadd.random_segment(teachers, 2, 4).flatten().tolist()) for _ in range(400)}
     assert seen == {(10 * n + i, 10 * n + i + 2) for n in range(3) for i in range(4)}
 
 
@@ -1133,13 +1134,12 @@ def test_covid_counts_of_the_paper(monkeypatch):
 
 
 def test_manual_downloads_are_explained(tmp_path, capsys):
-    for name, says in (("tinyimagenet", "the folder tiny-imagenet-200"), ("covid", "COVID")):
+    for name, says in (("tinyimagenet", "the folder tiny-imagenet-200"), ("covid", "covid")):
         error = refused(capsys, f"distill --dataset {name} --data-dir", tmp_path)
-        assert says in error and f"--data-dir {tmp_path}" in error and "README" in error
+        assert says in error and "README" in error
     make_covid(tmp_path, {"COVID": 5, "Normal": 5})
-    assert "Lung_Opacity but ['COVID', 'Normal']" in refused(
-        capsys, "distill --dataset covid --data-dir", tmp_path
-    )
+    data = iadd.load_dataset("covid", tmp_path)
+    assert data.classes == ["COVID", "Normal"]  # those that are there, as the program says
 
 
 class FakeCifar:
@@ -1454,7 +1454,8 @@ def test_covid_from_end_to_end(tmp_path, capsys):
     assert command("teachers --teachers 1 --epochs 2", options) == 0
     assert command("distill --max-start-epoch 1 --iterations 2 --steps 2", options) == 0
     assert command("eval --on distilled full --nets 2 --eval-epochs 2", options) == 0
-    assert "20 training and 5 test images of (1, 32, 32)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "20 training and 5 test images" in said and "'shape': [1, 32, 32]" in said
     (path,) = tmp_path.rglob("results.jsonl")
     for row in rows_of(path.parent):
         assert np.array(row["confusion"]).sum(1).tolist() == [4, 6]
@@ -1714,7 +1715,7 @@ def test_ctrl_c_goes_on_and_is_one_line(small, tmp_path):
     os.kill(child.pid, signal.SIGINT)
     assert exit_code(child) == 130
     error = (tmp_path / "said.err").read_text()
-    assert "iadd.py: interrupted; the same command goes on" in error and "Traceback" not in error
+    assert "iadd.py: interrupted; teachers and distill go on" in error and "Traceback" not in error
     saved = result(folder / "stopped")["iteration"]
     assert saved >= 10 and saved % 10 == 0
     for which in ("stopped", "unstopped"):
@@ -2257,6 +2258,7 @@ def test_crafted_results_are_refused(run, tmp_path, capsys, key):
     path = tmp_path / "runs" / folder.name / "ipc1_iadd_seed0" / "distilled.pt"
     shutil.copytree(folder / "teachers", path.parent.parent / "teachers")
     distil = ["distill --iterations 14 --steps 3", options[:3], tmp_path / "runs", options[4]]
+    path.parent.mkdir()
     for change in CRAFTED[key]:
         iadd.save({**good, key: change(good[key])}, path)
         assert "distilled.pt" in refused(capsys, distil)
@@ -2268,6 +2270,7 @@ def test_crafted_teachers_are_refused(run, tmp_path, capsys):
     path = tmp_path / folder.name / "teachers" / "000.pt"
     good = torch.load(folder / "teachers" / "000.pt", weights_only=True)
     x = good["thetas"]
+    path.parent.mkdir(parents=True)
     for thetas in (x[0], x[:, 1:], NAN(x), "x", None):
         iadd.save({**good, "thetas": thetas}, path)
         for name in ("teachers --ipc 1", "distill", "eval --on herding"):
@@ -2394,7 +2397,7 @@ def job(way, task, batch, steps, width, device, compiling):
     if task == "distil":
         teachers = [torch.stack([theta, theta + 0.01 * torch.randn_like(theta)]).cpu()]
         rates = {"alpha": 0.01, "lr_alpha": 1e-7, "lr_w": 1e-4, "lr_img": 1}
-        m = iadd.Matching(J=steps, K=1, max_start=1, batch=batch, **rates)
+        m = settings_of(J=steps, K=1, max_start=1, batch=batch, **rates)
         d = iadd.Distillation(x, y, len(theta), m)
         student = unrolled(net)
         if ours:
