@@ -77,8 +77,8 @@ def cross_entropy(net: nn.Module, precision: str = "float32"):
 
     def ell(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         dtype = torch.bfloat16 if precision == "bf16" else theta.dtype
-        pieces = theta.to(dtype).split(sizes)
-        parameters = {name: piece.view_as(named[name]) for name, piece in zip(named, pieces)}
+        parts = zip(named.items(), theta.split(sizes))
+        parameters = {name: part.view_as(p).to(dtype) for (name, p), part in parts}
         logits = torch.func.functional_call(net, parameters, (x.to(dtype),), strict=True)
         return F.cross_entropy(logits.to(theta.dtype), y)
 
