@@ -7,7 +7,7 @@
 Give all three the same options on data and network (cifar10 is the default). `--dataset shapes`:
 they take three minutes on two CPU cores; `eval --on distilled random full` then says 57.4 ± 5.5 %
 for networks trained on one distilled image per class, 29.5 ± 3.5 for one real image, 99.5 ± 0.2
-for all 2,000. CIFAR-10, IPC 1: 44.2 ± 0.9, in five minutes on an H200; the paper: 46.5 ± 1.1.
+for all 2,000. CIFAR-10, IPC 1: 44.2 ± 0.9, in six minutes on an H200; the paper: 46.5 ± 1.1.
 
 The paper: Guang Li, Ren Togo, Takahiro Ogawa, Miki Haseyama, Neural Networks 172, 2024, arXiv
 2401.15863; sections, equations, figures, tables and lines (of Algorithm 1) below are that paper's.
