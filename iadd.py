@@ -204,9 +204,8 @@ def minibatches(n: int, batch: int, J: int) -> Tensor:
 
 
 def student_batches(images: Tensor, labels: Tensor, batch: int, J: int) -> tuple[Tensor, Tensor]:
-    """J augmented mini-batches, x (J, batch, C, H, W), y (J, batch): Algorithm 1, line 7, Eq. (1),
-    all at once, as the images do not change within an iteration."""
-    index = minibatches(len(images), batch, J).to(images.device)
+    """J augmented mini-batches, x (J, batch, C, H, W), y (J, batch): Algorithm 1, line 7."""
+    index = minibatches(len(images), batch, J).to(images.device)  # an iteration's, all at once
     x = images.index_select(0, index.flatten())  # on a CPU its gradient adds in a fixed order
     return augment(x.view(J, batch, *images.shape[1:])), labels[index]
 
@@ -337,9 +336,8 @@ def plain_network(shape, classes: int, layers: list, norm: bool = True) -> nn.Mo
 
 
 def convnet(shape, classes: int, width: int = 128) -> nn.Module:
-    """The ConvNet of teachers and students (Section 4.1), of depth 3 for 32 pixels a side, 4 for
-    64, 5 for 112 (Sections 4.2, 4.5); 320,010 parameters for CIFAR-10."""
-    depth = max(1, round(math.log2(shape[1])) - 2)
+    """The ConvNet of teachers and students (Section 4.1); 320,010 parameters for CIFAR-10."""
+    depth = max(1, round(math.log2(shape[1])) - 2)  # 3 for 32 pixels a side, 4: 64, 5: 112
     return plain_network(shape, classes, [(width, 3), "avg"] * depth)
 
 
