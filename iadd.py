@@ -491,8 +491,7 @@ def real_images(data: "Dataset", normalise: Normalisation, ipc: int, choose=None
 
 
 class UserError(Exception):
-    """Something the user can mend. The command line prints it as one line and exits with
-    code 2."""
+    """Something the user can mend: the command line prints one line and exits with code 2."""
 
 
 # ---- 7. Settings: default < preset < what the user typed ---------------------------------
@@ -516,8 +515,7 @@ shapes          1        6 10 2         4    300     1e-5   .03  None False
 
 
 def preset(name: str, ipc: int) -> dict:
-    """Settings of a dataset (a folder: of cifar10) at the largest IPC <= ipc, else at the
-    least."""
+    """Settings of a dataset (a folder: CIFAR-10's) at the largest IPC <= ipc, or the least."""
     header, *lines = [line.split() for line in PRESETS.strip().splitlines()]
     table = [dict(zip(header, [line[0], *map(ast.literal_eval, line[1:])])) for line in lines]
     rows = [row for row in table if row["dataset"] == name] or table[:3]  # CIFAR-10's
@@ -530,8 +528,7 @@ def preset(name: str, ipc: int) -> dict:
 
 @dataclass
 class Dataset:
-    """train and test: uint8 images (N, C, H, W), H = W, and int64 labels (N,), index of
-    classes."""
+    """train, test: uint8 images (N, C, H, W), H = W, int64 labels (N,), index of classes."""
 
     name: str
     classes: list[str]
@@ -562,8 +559,7 @@ class ImageSet:
 
 
 def load_dataset(name: str, data_dir: Path, size: int | None = None, only=()) -> Dataset:
-    """One of PRESETS, or a folder {train,test}/<class>/*; with `size` pixels, of classes
-    `only`."""
+    """One of PRESETS or a folder {train,test}/<class>/*, of `size` pixels, of classes `only`."""
     if name in ("cifar10", "cifar100", "shapes"):
         if size or only:
             raise UserError(f"--size and --classes are for datasets of image files, not for {name}")
@@ -606,8 +602,7 @@ def image_files(root: Path) -> dict[str, list[Path]]:
 
 
 def list_tiny_imagenet(root: Path) -> tuple[dict, dict]:
-    """{class: files} to train on, of Tiny ImageNet [80], and to test on: its validation
-    images."""
+    """{class: files} of Tiny ImageNet [80], to train on and to test on (its validation)."""
     annotations = root / "val/val_annotations.txt"
     if not annotations.exists():
         raise UserError(f"--data-dir {root} is not the folder tiny-imagenet-200, see README")
@@ -621,7 +616,8 @@ def list_tiny_imagenet(root: Path) -> tuple[dict, dict]:
 def list_covid(root: Path) -> tuple[dict, dict]:
     """{class: files} to train and to test on, of COVID-19 Radiography [81]: 8:2, Section
     4.1. A hash of the file's name decides, so that the split is the same everywhere."""
-    train, test = {}, {}
+    train = {}
+    test = {}
     for name, files in image_files(root).items():
         hashes = {file: hashlib.sha256(f"{name}/{file.name}".encode()).digest() for file in files}
         files = sorted(files, key=hashes.get)
@@ -656,7 +652,8 @@ def read_dataset(name: str, files: tuple[dict, dict], only, size, mode: str) -> 
     if lacking or len(classes) < 2:
         lacking = lacking or "two classes"
         raise UserError(f"{name}: no images to train on or to test on of {lacking}; see README")
-    paths, labels = [], []
+    paths = []
+    labels = []
     for part in files:
         for k, c in enumerate(classes):
             paths += part[c]
@@ -673,7 +670,8 @@ def read_dataset(name: str, files: tuple[dict, dict], only, size, mode: str) -> 
     if size:
         name = f"{name}-{size}px"
     n = sum(len(train[c]) for c in classes)
-    x, y = torch.from_numpy(np.stack(arrays)), torch.tensor(labels)
+    x = torch.from_numpy(np.stack(arrays))
+    y = torch.tensor(labels)
     return Dataset(name, classes, (x[:n], y[:n]), (x[n:], y[n:]))
 
 
@@ -732,8 +730,7 @@ def fingerprint(tensors) -> int:
 
 
 def save(content: dict, path: Path) -> None:
-    """torch.save to another name, then renamed: `path` is the old file or the new, always
-    whole."""
+    """torch.save under another name, then renamed: `path` is always a whole file."""
     temporary = path.with_suffix(".tmp")
     try:
         torch.save({"format": FORMAT, **content}, temporary)
@@ -743,8 +740,7 @@ def save(content: dict, path: Path) -> None:
 
 
 def load(path: Path, settings: dict, hint: str, device="cpu", teacher: bool = False) -> dict:
-    """What `save` wrote under these settings. It runs no code of a stranger's. Raises
-    UserError."""
+    """What `save` wrote under these settings; no stranger's code is run. Raises UserError."""
     try:
         with zipfile.ZipFile(path) as records:  # torch.load does not look at their CRCs
             if records.testzip():
@@ -769,7 +765,8 @@ def check(content: dict, teacher: bool) -> None:
     if teacher:
         fits = content["thetas"].shape[1:] == (settings["P"],)
     else:
-        images, labels = content["images"], content["labels"]
+        images = content["images"]
+        labels = content["labels"]
         fits = images.shape == (len(labels), *settings["shape"])
         fits = fits and content["W"].shape == (settings["P"],) and content["alpha"] > 0
         fits = fits and labels.min() >= 0 and labels.max() < len(settings["classes"])
@@ -830,8 +827,7 @@ def compiled(function):
 
 
 def recorded(function, inputs):
-    """A function as a CUDA graph: of fixed shapes, and each call overwrites the last
-    result."""
+    """A function as a CUDA graph: of fixed shapes, each call overwrites the last result."""
     gc.collect()  # an old graph that Python frees only while this is recorded spoils it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch 2.11 sees a stream of its own and wonders
@@ -863,16 +859,14 @@ def accelerated(plain, inputs, images: int, wanted: bool | None):
 
 
 def fast_loss(net: nn.Module, images: ImageSet, epochs: int, args: argparse.Namespace):
-    """The loss of a network, made faster for mini-batches of images and so many epochs in
-    all."""
+    """The loss of a network, made faster for mini-batches of images and `epochs` in all."""
     ell = cross_entropy(net, args.precision)
     inputs = (flat_parameters(net).requires_grad_(), *images[: args.batch_real])
     return accelerated(ell, inputs, epochs * len(images), args.compile)
 
 
 def fast_student(net: nn.Module, theta: Tensor, d: Distillation, m: Matching, args):
-    """The `Student` of a network, made faster; a step counts as 4 of a training. theta: a
-    start."""
+    """The `Student` of a network, made faster; a step counts as 4 of training. theta: any."""
     J = m.J if d.images.is_cuda else 2  # a CUDA graph is of all steps
     inputs = (theta.to(d.images.device), d.alpha, *student_batches(d.images, d.labels, m.batch, J))
     images = 4 * (args.iterations - d.t) * m.S * m.J * m.batch
@@ -911,8 +905,7 @@ def new_network(arch: str, data: Dataset, args: argparse.Namespace) -> nn.Module
 
 
 def prepare(args: argparse.Namespace) -> tuple[Dataset, dict, Path]:
-    """The data, what settings teachers and results have in common, and the folder of both.
-    Raises UserError."""
+    """The data; what settings teachers and results share; their folder. Raises UserError."""
     data = load_dataset(args.dataset, args.data_dir, args.size, args.classes)
     if args.zca and math.prod(data.shape) > 20000:
         raise UserError("the images are too large for ZCA: use --no-zca, or a smaller --size")
@@ -932,8 +925,7 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, dict, Path]:
 
 
 def command_teachers(args: argparse.Namespace) -> None:
-    """Train teachers on the real data and keep their parameters after every epoch (Section
-    3.1)."""
+    """Train teachers on the real data and keep their parameters at each epoch (Section 3.1)."""
     data, settings, folder = prepare(args)
     settings |= {"lr_teacher": args.lr_teacher, "batch_real": args.batch_real}
     settings |= {"seed": args.seed, "precision": args.precision}
@@ -1004,7 +996,8 @@ def command_distill(args: argparse.Namespace) -> None:
         normalise = Normalisation(result["mean"], result["scale"])
         student = fast_student(new_network("convnet", data, args), teachers[0][0], d, m, args)
         mine = range(args.rank, m.S, args.ranks)  # segments of this process
-        log, losses = result["log"], []
+        log = result["log"]
+        losses = []
         saved = time.time()
         bar = progress(total=args.iterations, initial=d.t, unit="it")
         while d.t < args.iterations:  # Algorithm 1, lines 3 and 15
@@ -1036,9 +1029,8 @@ def command_distill(args: argparse.Namespace) -> None:
 
 
 def begin(args, data: Dataset, m: Matching, settings: dict, path: Path):
-    """A distillation, as the file at `path` has it or new, and the content of that file.
-    (Of many processes that begin, some may find iteration 0 saved already: it is the
-    same.)"""
+    """A distillation, new or as in the file at `path`, and what that holds. (Of many processes
+    some may find iteration 0 saved already: it is the same.)"""
     if path.exists():
         hint = "delete its folder, or --name NAME keeps both"
         result = load(path, settings, hint, args.device)
@@ -1091,8 +1083,7 @@ def draw(images: Tensor, normalise: Normalisation, ipc: int, path: Path) -> None
 
 @torch.no_grad()
 def herding(net: nn.Sequential, theta: Tensor, ipc: int, x: Tensor) -> Tensor:
-    """Herding [83]: indices (ipc,) into x (N, C, H, W). Features: the input of the last
-    layer."""
+    """Herding [83]: indices (ipc,) into x (N, C, H, W), by the inputs of the last layer."""
     nn.utils.vector_to_parameters(theta.to(x.device), net.parameters())
     features = torch.cat([net[:-1](part) for part in x.split(500)])  # (N, features)
     chosen = []
@@ -1105,8 +1096,7 @@ def herding(net: nn.Sequential, theta: Tensor, ipc: int, x: Tensor) -> Tensor:
 
 
 def command_eval(args: argparse.Namespace) -> None:
-    """Train fresh networks on the distilled images and test them on real ones (Section
-    4.1)."""
+    """Train fresh networks on the distilled images, test them on real ones (Section 4.1)."""
     data, shared, folder = prepare(args)
     about = {"ipc": args.ipc, "iteration": None, "lr": args.lr_teacher}
     if "distilled" in args.on:
@@ -1144,7 +1134,9 @@ def evaluate(args, data: Dataset, normalise: Normalisation, images: ImageSet, ro
     """Trains new networks on the images (on "random": others for each) and tests them. row: on,
     arch, ipc, iteration, lr; with what they come to it is printed and added to results.jsonl."""
     start = time.time()
-    on, arch, lr = row["on"], row["arch"], args.lr or row["lr"]
+    on = row["on"]
+    arch = row["arch"]
+    lr = args.lr or row["lr"]
     test = normalise.image_set(*data.test)
     epochs = args.eval_epochs or (args.epochs if on == "full" else 1000)
     net = new_network(arch, data, args)
@@ -1179,8 +1171,7 @@ def evaluate(args, data: Dataset, normalise: Normalisation, images: ImageSet, ro
 
 
 def command_plot(args: argparse.Namespace) -> None:
-    """Draw the course of a distillation, its weights W beside what they weigh, and its
-    images."""
+    """Draw a distillation's course, its weights W beside what they weigh, and its images."""
     from matplotlib.figure import Figure
 
     result = load(args.folder / "distilled.pt", {}, "give the folder of a result")
@@ -1310,11 +1301,13 @@ def complete(args: argparse.Namespace) -> None:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0][:99]}") from None
     tune(device)
     args.device = device
-    args.rank, args.ranks = 0, 1
+    args.rank = 0
+    args.ranks = 1
     if launched:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
-        args.rank, args.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        args.rank = torch.distributed.get_rank()
+        args.ranks = torch.distributed.get_world_size()
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(False)
         processor = torch.cuda.get_device_name(device)
