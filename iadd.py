@@ -750,6 +750,8 @@ def load(path: Path, settings: dict, hint: str, device="cpu", teacher: bool = Fa
             raise ValueError("of another version")
         check(content, teacher)
         found = content["settings"]
+    except (PermissionError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # torch raises half a dozen types for a damaged file
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path} is missing, damaged or not iadd.py's ({why}); {hint}") from None
@@ -999,32 +1001,31 @@ def command_distill(args: argparse.Namespace) -> None:
         log = result["log"]
         losses = []
         saved = time.time()
-        bar = progress(total=args.iterations, initial=d.t, unit="it")
-        while d.t < args.iterations:  # Algorithm 1, lines 3 and 15
-            losses.append(iteration(d, student, teachers, m, mine))  # lines 4-14
-            bar.update()
-            last = d.t == args.iterations
-            tests = args.eval_every and d.t % args.eval_every == 0
-            if d.t % 10 > 0 and not last and not tests:  # to look at a number is to wait for a GPU
-                continue
-            result |= state_of(d)
-            row = log_row(d, losses)
-            log.append(row)
-            losses = []
-            bar.set_postfix_str(f"loss {row[2]:.4g} alpha {row[3]:.4g}", refresh=False)
-            if tests:
-                images = ImageSet(result["images"], d.labels)
-                about = {"on": "distilled", "ipc": args.ipc, "iteration": d.t, "lr": row[3]}
-                evaluate(args, data, normalise, images, {**about, "arch": "convnet"}, out)
-            if args.rank > 0:
-                continue
-            np.savetxt(out / "log.csv", log, "%.17g", ",", header=",".join(LOG), comments="")
-            if last or d.t % (10 * math.ceil(args.iterations / 200)) == 0:  # 20 times
-                draw(result["images"], normalise, args.ipc, out / f"images_{d.t:05d}.png")
-            if last or time.time() > saved + CHECKPOINT_SECONDS:
-                save(result, out / "distilled.pt")
-                saved = time.time()
-        bar.close()
+        with progress(total=args.iterations, initial=d.t, unit="it") as bar:
+            while d.t < args.iterations:  # Algorithm 1, lines 3 and 15
+                losses.append(iteration(d, student, teachers, m, mine))  # lines 4-14
+                bar.update()
+                last = d.t == args.iterations
+                tests = args.eval_every and d.t % args.eval_every == 0
+                if d.t % 10 > 0 and not last and not tests:
+                    continue  # to look at a number is to wait for a GPU
+                result |= state_of(d)
+                row = log_row(d, losses)
+                log.append(row)
+                losses = []
+                bar.set_postfix_str(f"loss {row[2]:.4g} alpha {row[3]:.4g}", refresh=False)
+                if tests:
+                    images = ImageSet(result["images"], d.labels)
+                    about = {"on": "distilled", "ipc": args.ipc, "iteration": d.t, "lr": row[3]}
+                    evaluate(args, data, normalise, images, {**about, "arch": "convnet"}, out)
+                if args.rank > 0:
+                    continue
+                np.savetxt(out / "log.csv", log, "%.17g", ",", header=",".join(LOG), comments="")
+                if last or d.t % (10 * math.ceil(args.iterations / 200)) == 0:  # 20 times
+                    draw(result["images"], normalise, args.ipc, out / f"images_{d.t:05d}.png")
+                if last or time.time() > saved + CHECKPOINT_SECONDS:
+                    save(result, out / "distilled.pt")
+                    saved = time.time()
     print(f"{out}/distilled.pt is at iteration {d.t}, alpha {d.alpha:.5f}")
 
 
@@ -1032,7 +1033,7 @@ def begin(args, data: Dataset, m: Matching, settings: dict, path: Path):
     """A distillation, new or as in the file at `path`, and what that holds. (Of many processes
     some may find iteration 0 saved already: it is the same.)"""
     if path.exists():
-        hint = "delete its folder, or --name NAME keeps both"
+        hint = "--teachers N takes the first N, --name NAME keeps both, or delete its folder"
         result = load(path, settings, hint, args.device)
         d = Distillation(result["images"], result["labels"], settings["P"], m)
         for name in ("alpha", "W"):
@@ -1068,7 +1069,7 @@ def log_row(d: Distillation, losses: list[Tensor]) -> list[float]:
     finite = all(x.isfinite().all() for x in (losses[-1], d.alpha, d.images, d.W))
     if not finite or d.alpha <= 0:
         what = f"diverged by iteration {d.t} (loss {loss:.4g}, alpha {d.alpha:.4g})"
-        raise UserError(f"{what}: lower the learning rates; the last good state is kept")
+        raise UserError(f"{what}: lower the learning rates; the state last saved is kept")
     spread = d.W.detach().quantile(d.W.new_tensor([0, 0.01, 0.5])).tolist()
     return [d.t, time.time(), loss, d.alpha.item(), *spread, d.W.mean().item()]
 
@@ -1107,7 +1108,7 @@ def command_eval(args: argparse.Namespace) -> None:
         result = load(path, wanted, "options must fit", args.device)
         normalise = Normalisation(result["mean"], result["scale"])
         about["ipc"] = result["settings"]["ipc"]  # --name does not tell it
-        print(path)
+        print(f"{path}, iteration {result['iteration']}")
     else:
         normalise = Normalisation.fit(data.train[0], args.zca, args.device)
     print(f"IPC {about['ipc']}: test accuracy after the last epoch, mean ± std")
@@ -1140,8 +1141,8 @@ def evaluate(args, data: Dataset, normalise: Normalisation, images: ImageSet, ro
     test = normalise.image_set(*data.test)
     epochs = args.eval_epochs or (args.epochs if on == "full" else 1000)
     net = new_network(arch, data, args)
-    compiles = args.command == "eval"  # within distill it would undo what is compiled there
-    ell = fast_loss(net, images, args.nets * epochs if compiles else 0, args)
+    alone = args.command == "eval"  # to compile within distill would undo what is compiled there
+    ell = fast_loss(net, images, args.nets * epochs if alone else 0, args)
     n = len(data.classes)
     matrices = torch.zeros(args.nets, n, n, dtype=torch.int64)
     mine = range(args.rank, args.nets, args.ranks)
@@ -1151,7 +1152,7 @@ def evaluate(args, data: Dataset, normalise: Normalisation, images: ImageSet, ro
         if on == "random":
             images = ImageSet(*real_images(data, normalise, row["ipc"]))
         theta = train_network(ell, theta, images, epochs, lr, args.batch_real)
-        if not theta.isfinite().all():
+        if alone and not theta.isfinite().all():
             raise UserError(f"a network diverged at the learning rate {lr}: lower --lr")
         matrices[k] = confusion_matrix(net, theta, test)
     sum_over_ranks(matrices)

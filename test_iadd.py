@@ -1286,7 +1286,7 @@ def test_a_finished_result_is_not_overwritten(run, capsys):
         assert command(distil, "--iterations", T) == 0
         assert "is at iteration 12" in capsys.readouterr().out
     error = refused(capsys, distil, "--iterations 12 --lr-img 7")
-    assert "distilled.pt has lr_img 100, not 7.0; delete its folder" in error
+    assert "distilled.pt has lr_img 100, not 7.0; --teachers N" in error
     assert path.stat().st_mtime_ns == stamp
     assert command(distil, "--lr-img 7 --iterations 1 --name other") == 0
     assert result(folder / "other")["settings"]["lr_img"] == 7
