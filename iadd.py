@@ -1070,8 +1070,9 @@ def log_row(d: Distillation, losses: list[Tensor]) -> list[float]:
     if not finite or d.alpha <= 0:
         what = f"diverged by iteration {d.t} (loss {loss:.4g}, alpha {d.alpha:.4g})"
         raise UserError(f"{what}: lower the learning rates; the state last saved is kept")
-    spread = d.W.detach().quantile(d.W.new_tensor([0, 0.01, 0.5])).tolist()
-    return [d.t, time.time(), loss, d.alpha.item(), *spread, d.W.mean().item()]
+    W = d.W.detach().sort().values  # quantile() of torch 2.6 does not take those of width 1024
+    spread = W[[0, len(W) // 100, len(W) // 2]].tolist()
+    return [d.t, time.time(), loss, d.alpha.item(), *spread, W.mean().item()]
 
 
 def draw(images: Tensor, normalise: Normalisation, ipc: int, path: Path) -> None:
