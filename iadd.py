@@ -474,10 +474,8 @@ def real_images(data: "Dataset", normalise: Normalisation, ipc: int, choose=None
     ones (Algorithm 1, line 1), or those whose indices `choose` returns for a class's images."""
     images, labels = data.train
     chosen = []
-    for c, name in enumerate(data.classes):
+    for c in range(len(data.classes)):
         members = torch.nonzero(labels == c)[:, 0]
-        if len(members) < ipc:
-            raise UserError(f"IPC {ipc} is too large: {name} has {len(members)} training images")
         if choose is None:
             some = torch.randperm(len(members))[:ipc]
         else:
@@ -571,51 +569,84 @@ def load_dataset(name: str, data_dir: Path, size: int | None = None, only=()) ->
     root = Path(name)
     if not root.is_dir():
         raise UserError(f"unknown dataset {name!r}: neither one of those in --help, nor a folder")
-    parts = image_files(root / "train"), image_files(root / "test")
-    return read_dataset(root.resolve().name, parts, only, size, "RGB")
+    return read_dataset(root.resolve().name, list_folders(root, "test", "val"), only, size, "RGB")
 
 
 def load_cifar(name: str, data_dir: Path) -> Dataset:
     """CIFAR-10 or CIFAR-100 [53], downloaded to data_dir on first use (170 MB)."""
     cifar = getattr(torchvision.datasets, name.upper())
-    parts = []
-    for train in (True, False):
+    try:
+        parts = [cifar(data_dir, train) for train in (True, False)]
+    except RuntimeError:  # they are not there yet
         try:
-            with filelock.FileLock(f"{data_dir}.lock"):  # one process downloads, the others find it
-                part = cifar(data_dir, train, download=True)
+            with filelock.FileLock(f"{data_dir}.lock"):  # one process downloads for all
+                parts = [cifar(data_dir, train, download=True) for train in (True, False)]
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot download {cifar.url} to {data_dir}/: {error}") from None
-        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-        parts.append((images, torch.tensor(part.targets)))
-    return Dataset(name, part.classes, *parts)
+    train, test = (
+        (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in parts
+    )
+    return Dataset(name, parts[0].classes, train, test)
+
+
+def few(things) -> str:
+    """The first five, and how many others there are: to name them in a line."""
+    names = [str(thing) for thing in things]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def image_files(root: Path) -> dict[str, list[Path]]:
-    """{class: files}: those in each folder of root, or in its folder "images"; nothing hidden."""
-    kinds = torchvision.datasets.folder.IMG_EXTENSIONS
+    """{class: files}, of each folder in root the images in it, or in its folder "images", if any.
+    Nothing hidden; whatever else is there is named. Raises UserError."""
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}; see README")
+    readable = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = {}
+    unread = []
     for folder in sorted(path for path in root.glob("[!.]*") if path.is_dir()):
         inner = folder / "images" if (folder / "images").is_dir() else folder
-        files = sorted(inner.glob("[!.]*"))
-        found[folder.name] = [f for f in files if f.suffix.lower() in kinds]
+        files = {path for path in inner.glob("[!.]*") if path.suffix.lower() in readable}
+        unread += {*folder.glob("[!.]*"), *inner.glob("[!.]*")} - files - {inner}
+        if files:
+            found[folder.name] = sorted(files)
+    if unread:
+        of_each_kind = {path.suffix: path.relative_to(root) for path in sorted(unread)}
+        print(f"not read in {root}: {len(unread)}, such as {few(of_each_kind.values())}")
     return found
 
 
-def list_tiny_imagenet(root: Path) -> tuple[dict, dict]:
-    """{class: files} of Tiny ImageNet [80], to train on and to test on (its validation)."""
-    annotations = root / "val/val_annotations.txt"
-    if not annotations.exists():
-        raise UserError(f"--data-dir {root} is not the folder tiny-imagenet-200, see README")
-    test = {}
-    for line in annotations.read_text().splitlines():
-        file, name, *_ = line.split("\t")
-        test.setdefault(name, []).append(root / "val/images" / file)
-    return image_files(root / "train"), test
+def list_folders(root: Path, *tests: str) -> dict[Path, dict]:
+    """{folder: {class: files}} to train on, root/train, and to test on, the first of `tests` that
+    has a class's folder. Raises UserError."""
+    train = image_files(root / "train")
+    fitting = [test for test in tests if any((root / test / c).is_dir() for c in train)]
+    test = root / [*fitting, tests[0]][0]
+    return {root / "train": train, test: image_files(test)}
 
 
-def list_covid(root: Path) -> tuple[dict, dict]:
-    """{class: files} to train and to test on, of COVID-19 Radiography [81]: 8:2, Section
-    4.1. A hash of the file's name decides, so that the split is the same everywhere."""
+def list_tiny_imagenet(root: Path) -> dict[Path, dict]:
+    """As `list_folders`, of Tiny ImageNet [80], tested on its validation images, which are either
+    sorted into folders of classes or, as published, listed in a file."""
+    files = list_folders(root, "val/images", "val")
+    _, test = files.values()
+    if not test:
+        annotations = root / "val/val_annotations.txt"
+        try:
+            for line in filter(str.strip, annotations.read_text().splitlines()):
+                file, c, *_ = line.split("\t")
+                test.setdefault(c, []).append(root / "val/images" / file)
+        except ValueError as error:
+            raise UserError(f"cannot read {annotations}: {error}") from None
+    return files
+
+
+def list_covid(root: Path) -> dict[str, dict]:
+    """As `list_folders`, of COVID-19 Radiography [81], split 8:2 (Section 4.1). A hash of the
+    file's name decides, so that the split is the same everywhere."""
+    if (root / "images").is_dir():
+        raise UserError(f"{root} is a class: --data-dir takes the folder above it")
     train = {}
     test = {}
     for name, files in image_files(root).items():
@@ -624,51 +655,60 @@ def list_covid(root: Path) -> tuple[dict, dict]:
         cut = round(0.8 * len(files))
         train[name] = files[:cut]
         test[name] = files[cut:]
-    return train, test
+    return {f"{root} (training part)": train, f"{root} (test part)": test}
 
 
-def read_image(path: Path, size: int | None, mode: str) -> np.ndarray:
-    """An image file as uint8 (C, H, W), C = 1 for mode "L", 3 for "RGB". Raises UserError."""
+def read_image(path: Path, size: int | None, mode: str) -> np.ndarray | str:
+    """An image file as uint8 (C, H, W), H = W, C = 1 for mode "L", 3 for "RGB"; or if it cannot be
+    read, why. Raises UserError if it needs --size."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
                 raise ValueError(f"its pixels are of mode {image.mode}; 8-bit images are needed")
-            if max(image.size) > 512 and not size:  # the most that --size takes
-                raise ValueError(f"it has {image.size} pixels; --size N makes all images N x N")
-            image = ImageOps.exif_transpose(image).convert(mode)
+            width, height = image.size
+            if not size and (width != height or width > 512):  # the most that --size takes
+                sides = f"{width} x {height} pixels"
+                raise UserError(f"{path} has {sides}; --size N makes all images N x N")
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:  # on white, as a page shows it
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert(mode)
             if size:
                 image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased
             return np.ascontiguousarray(np.moveaxis(np.atleast_3d(image), 2, 0))
+    except UserError:
+        raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, DecompressionBombError, ...
-        raise UserError(f"cannot read the image {path}: {error}") from None
+        return f"{path}: {error}"
 
 
-def read_dataset(name: str, files: tuple[dict, dict], only, size, mode: str) -> Dataset:
-    """From {class: files} of training and of test images; only: the classes to use, or all;
+def read_dataset(name: str, files: dict, only, size: int | None, mode: str) -> Dataset:
+    """files: {folder: {class: files}} to train on, to test on; only: the classes to use, or all;
     size, mode: as in `read_image`. Raises UserError."""
-    train, test = files
+    train, test = files.values()
     classes = sorted({*(only or [*train, *test])})
-    lacking = [c for c in classes if not train.get(c) or not test.get(c)]
-    if lacking or len(classes) < 2:
-        lacking = lacking or "two classes"
-        raise UserError(f"{name}: no images to train on or to test on of {lacking}; see README")
+    for folder, part in files.items():
+        lacking = [c for c in classes if not part.get(c)]
+        if lacking:
+            raise UserError(f"{folder} holds no image of {few(lacking)}")
+    if len(classes) < 2:
+        raise UserError(f"{name} needs folders of two classes, see README; found: {few(classes)}")
     paths = []
     labels = []
-    for part in files:
+    for part in files.values():
         for k, c in enumerate(classes):
             paths += part[c]
             labels += [k] * len(part[c])
     with ThreadPoolExecutor() as pool:
         reading = pool.map(functools.partial(read_image, size=size, mode=mode), paths)
         arrays = list(progress(reading, desc=f"reading {name}", total=len(paths)))
-    side = int(np.bincount([array.shape[1] for array in arrays]).argmax())  # the commonest
+    unreadable = [array for array in arrays if isinstance(array, str)]
+    if unreadable:
+        raise UserError(f"{len(unreadable)} of the images cannot be read: {few(unreadable)}")
     for path, array in zip(paths, arrays):
-        if array.shape[1:] != (side, side):
-            raise UserError(f"{path} has {array.shape[1:]} pixels, not {side, side}; see --size")
-    if only:
-        name = "-".join([name, *classes])
-    if size:
-        name = f"{name}-{size}px"
+        if array.shape != arrays[0].shape:
+            raise UserError(f"{path} and {paths[0]} differ in size; --size N makes all N x N")
     n = sum(len(train[c]) for c in classes)
     x = torch.from_numpy(np.stack(arrays))
     y = torch.tensor(labels)
@@ -755,9 +795,12 @@ def load(path: Path, settings: dict, hint: str, device="cpu", teacher: bool = Fa
     except Exception as error:  # torch raises half a dozen types for a damaged file
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path} is missing, damaged or not iadd.py's ({why}); {hint}") from None
-    wrong = [f"{k} {found.get(k)}, not {x}" for k, x in settings.items() if found.get(k) != x]
+    wrong = {name: x for name, x in settings.items() if found.get(name) != x}
+    if "fingerprint" in wrong:
+        raise UserError(f"{path} is of other images: delete its folder, or --runs DIR keeps both")
     if wrong:
-        raise UserError(f"{path} has {', '.join(wrong)}; {hint}")
+        pairs = (f"{name} {found.get(name)!s:.50}, not {x!s:.50}" for name, x in wrong.items())
+        raise UserError(f"{path} has {few(pairs)}; {hint}")
     return content
 
 
@@ -776,13 +819,15 @@ def check(content: dict, teacher: bool) -> None:
         raise ValueError("shapes do not fit, or values are out of range")
 
 
-def one_writer(folder: Path, args: argparse.Namespace):
+def one_writer(folder: Path, args):
     """The lock of a folder, for `with`. Raises UserError."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return filelock.FileLock(folder / f".lock{args.rank}").acquire(timeout=0)
     except filelock.Timeout:
-        raise UserError(f"another process writes to {folder}") from None
+        raise UserError(f"another run writes to {folder}") from None
+    except (OSError, NotImplementedError) as error:  # a file system without locks
+        raise UserError(f"cannot lock {folder}, --runs DIR chooses another: {error}") from None
 
 
 def copies(inputs) -> list[Tensor]:
@@ -860,7 +905,7 @@ def accelerated(plain, inputs, images: int, wanted: bool | None):
     return fast
 
 
-def fast_loss(net: nn.Module, images: ImageSet, epochs: int, args: argparse.Namespace):
+def fast_loss(net: nn.Module, images: ImageSet, epochs: int, args):
     """The loss of a network, made faster for mini-batches of images and `epochs` in all."""
     ell = cross_entropy(net, args.precision)
     inputs = (flat_parameters(net).requires_grad_(), *images[: args.batch_real])
@@ -900,33 +945,54 @@ def sum_over_ranks(*tensors: Tensor | None) -> None:
 # ---- 10. Commands ------------------------------------------------------------------------
 
 
-def new_network(arch: str, data: Dataset, args: argparse.Namespace) -> nn.Module:
+def new_network(arch: str, data: Dataset, args) -> nn.Module:
     """On the device. Raises UserError if the images are too small for it."""
     sizes = {"width": args.width} if arch == "convnet" else {}
     return ARCHITECTURES[arch](data.shape, len(data.classes), **sizes).to(args.device)
 
 
-def prepare(args: argparse.Namespace) -> tuple[Dataset, dict, Path]:
-    """The data; what settings teachers and results share; their folder. Raises UserError."""
+def check_ipc(ipc: int, data: Dataset) -> None:
+    """Raises UserError if a class has fewer training images."""
+    n, c = data.train[1].bincount().min(0)
+    if ipc > n:
+        raise UserError(f"IPC {ipc} is too large: {data.classes[c]} has {n} training images")
+
+
+def prepare(args) -> tuple[Dataset, dict, Path]:
+    """The data; what settings teachers and results share; their folder. Raises UserError for
+    whatever can be known by then."""
     data = load_dataset(args.dataset, args.data_dir, args.size, args.classes)
-    if args.zca and math.prod(data.shape) > 20000:
-        raise UserError("the images are too large for ZCA: use --no-zca, or a smaller --size")
+    sets = f"{len(data.train[1])} training and {len(data.test[1])} test images"
+    print(f"{data.name}: {sets} of {few(data.classes)}")
+    check_ipc(args.ipc, data)
+    zca = args.whiten
+    if zca is None:  # not typed
+        zca = args.zca and data.shape[1] <= 32
+    D = math.prod(data.shape)
+    if zca and D > 3072:
+        cost = f"ZCA of {D} numbers: {60 * (D / 7000) ** 3:.0f} s, {40e-9 * D * D:.1f} GB"
+        if D > 7000:
+            raise UserError(f"{cost}: use --no-zca, or a smaller --size")
+        print(cost)
     P = len(flat_parameters(new_network("convnet", data, args)))
-    print(f"{data.name}: {len(data.train[1])} training and {len(data.test[1])} test images")
     shared = {
         "dataset": data.name,
         "fingerprint": fingerprint(data.train),
         "classes": data.classes,
         "shape": list(data.shape),
-        "zca": args.zca,
+        "zca": zca,
         "width": args.width,
         "P": P,
     }
-    folder = args.runs / f"{data.name}_{'zca' if args.zca else 'std'}_w{args.width}"
-    return data, shared, folder
+    name = "-".join([data.name, *data.classes]) if args.classes else data.name
+    if len(name) > 60:  # too long for a folder
+        name = f"{name[:30]}-{len(data.classes)}-{zlib.crc32(name.encode()):08x}"
+    if args.size:
+        name += f"-{args.size}px"
+    return data, shared, args.runs / f"{name}_{'zca' if zca else 'std'}_w{args.width}"
 
 
-def command_teachers(args: argparse.Namespace) -> None:
+def command_teachers(args) -> None:
     """Train teachers on the real data and keep their parameters at each epoch (Section 3.1)."""
     data, settings, folder = prepare(args)
     settings |= {"lr_teacher": args.lr_teacher, "batch_real": args.batch_real}
@@ -936,13 +1002,14 @@ def command_teachers(args: argparse.Namespace) -> None:
     mine = paths[args.rank :: args.ranks]  # of this process
     hint = "delete it, or --runs DIR chooses another folder"
     with one_writer(folder / "teachers", args):
-        files = {path: load(path, settings, hint, teacher=True) for path in mine if path.exists()}
-        found = {path: list(file["thetas"]) for path, file in files.items()}
-        todo = [path for path in mine if len(found.get(path, [])) <= args.epochs]
+        found = {path: [] for path in mine}
+        for path in filter(Path.exists, mine):
+            found[path] += load(path, settings, hint, teacher=True)["thetas"]
+        todo = [path for path in mine if len(found[path]) <= args.epochs]
         print(f"{folder}/teachers: {len(mine) - len(todo)} of {len(mine)} are complete")
         if not todo:
             return
-        normalise = Normalisation.fit(data.train[0], args.zca, args.device)
+        normalise = Normalisation.fit(data.train[0], settings["zca"], args.device)
         images = normalise.image_set(*data.train)
         test = normalise.image_set(*data.test)
         net = new_network("convnet", data, args)
@@ -951,7 +1018,7 @@ def command_teachers(args: argparse.Namespace) -> None:
             seed = (args.seed, "teacher", int(path.stem))
             seed_all(*seed)
             first = flat_parameters(new_network("convnet", data, args)).cpu()
-            thetas = found.get(path, [first])
+            thetas = found[path] or [first]
             saved = time.time()
             epochs = range(len(thetas) - 1, args.epochs)
             for epoch in progress(epochs, desc=f"teacher {path.stem}", unit="epoch", leave=False):
@@ -967,7 +1034,7 @@ def command_teachers(args: argparse.Namespace) -> None:
             tqdm.write(f"teacher {path.stem}: {100 * hits / len(test):.1f} % test accuracy")
 
 
-def load_teachers(args: argparse.Namespace, folder: Path, shared: dict) -> list[Tensor]:
+def load_teachers(args, folder: Path, shared: dict) -> list[Tensor]:
     """The part of each trajectory that will be read, (epochs + 1, P). Raises UserError."""
     epochs = args.max_start - 1 + args.K
     paths = sorted(folder.glob("[0-9]*.pt"))[: args.first]
@@ -980,7 +1047,7 @@ def load_teachers(args: argparse.Namespace, folder: Path, shared: dict) -> list[
     return teachers
 
 
-def command_distill(args: argparse.Namespace) -> None:
+def command_distill(args) -> None:
     """Distil a dataset into a few images per class (Algorithm 1)."""
     data, settings, folder = prepare(args)
     out = folder / args.name
@@ -1042,7 +1109,7 @@ def begin(args, data: Dataset, m: Matching, settings: dict, path: Path):
         d.t = result["iteration"]
         return d, result
     seed_all(args.seed, "distill")
-    normalise = Normalisation.fit(data.train[0], args.zca, args.device)
+    normalise = Normalisation.fit(data.train[0], settings["zca"], args.device)
     images, labels = real_images(data, normalise, args.ipc)  # Algorithm 1, line 1
     d = Distillation(images, labels, settings["P"], m)
     result = {"settings": settings, "machine": args.machine, "log": []}
@@ -1097,21 +1164,24 @@ def herding(net: nn.Sequential, theta: Tensor, ipc: int, x: Tensor) -> Tensor:
     return torch.tensor(chosen)
 
 
-def command_eval(args: argparse.Namespace) -> None:
+def command_eval(args) -> None:
     """Train fresh networks on the distilled images, test them on real ones (Section 4.1)."""
     data, shared, folder = prepare(args)
+    for arch in args.arch:
+        new_network(arch, data, args)  # tells if the images are too small for it
     about = {"ipc": args.ipc, "iteration": None, "lr": args.lr_teacher}
     if "distilled" in args.on:
         path = args.distilled or folder / args.name / "distilled.pt"
-        wanted = dict(shared)
-        if args.distilled:  # from elsewhere, where other decoders of image files give other pixels
-            del wanted["fingerprint"]
+        wanted = shared
+        if args.distilled:  # from elsewhere, perhaps of another program
+            wanted = {name: shared[name] for name in ("classes", "shape", "zca")}
         result = load(path, wanted, "options must fit", args.device)
         normalise = Normalisation(result["mean"], result["scale"])
         about["ipc"] = result["settings"]["ipc"]  # --name does not tell it
+        check_ipc(about["ipc"], data)
         print(f"{path}, iteration {result['iteration']}")
     else:
-        normalise = Normalisation.fit(data.train[0], args.zca, args.device)
+        normalise = Normalisation.fit(data.train[0], shared["zca"], args.device)
     print(f"IPC {about['ipc']}: test accuracy after the last epoch, mean ± std")
     print("trained on  network         accuracy  networks  epochs        lr  seconds")
     for on in args.on:
@@ -1136,6 +1206,9 @@ def evaluate(args, data: Dataset, normalise: Normalisation, images: ImageSet, ro
     """Trains new networks on the images (on "random": others for each) and tests them. row: on,
     arch, ipc, iteration, lr; with what they come to it is printed and added to results.jsonl."""
     start = time.time()
+    if args.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        open(out / "results.jsonl", "a").close()  # it can be written to
     on = row["on"]
     arch = row["arch"]
     lr = args.lr or row["lr"]
@@ -1167,12 +1240,11 @@ def evaluate(args, data: Dataset, normalise: Normalisation, images: ImageSet, ro
     row |= {"mean": mean, "std": std, "accuracies": scores, "seconds": seconds}
     row["confusion"] = matrices.sum(0).tolist()
     if args.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         with open(out / "results.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def command_plot(args: argparse.Namespace) -> None:
+def command_plot(args) -> None:
     """Draw a distillation's course, its weights W beside what they weigh, and its images."""
     from matplotlib.figure import Figure
 
@@ -1230,18 +1302,19 @@ def make_parser() -> argparse.ArgumentParser:
         text = f"{function.__doc__} (In brackets: defaults)"
         options = {"description": text, "epilog": PRESETS, "formatter_class": form}
         commands[name] = subparsers.add_parser(name, help=function.__doc__, **options)
-        commands[name].set_defaults(function=function)
+        commands[name].set_defaults(function=function, rank=0, ranks=1)
 
     def add(names, *flags, **options):
         for name in names.split():
             commands[name].add_argument(*flags, **options)
 
     data = "teachers distill eval"
-    add(data, "--dataset", default="cifar10", help="below; or a folder {train,test}/*/* (cifar10)")
+    add(data, "--dataset", help="below; or a folder {train,test}/*/* (cifar10)")
     add(data, "--data-dir", type=Path, default="data", help="folder of data and downloads (data)")
     add(data, "--runs", type=Path, default="runs", help="folder of all that is written (runs)")
     add(data, "--classes", nargs="+", default=[], help="those to use, of image files (all)")
-    add(data, "--zca", action=switch, help="whiten by ZCA, or normalise each channel (preset)")
+    text = "whiten by ZCA, or normalise each channel (preset; folders: ZCA up to 32 pixels a side)"
+    add(data, "--zca", dest="whiten", action=switch, help=text)
     add(data, "--seed", type=int, default=0, help="of everything random (0)")
     add(data, "--compile", action=switch, help="torch.compile (if the run is long)")
     add(data, "--precision", choices=["float32", "bf16"], help="(bf16 if the device has it)")
@@ -1290,10 +1363,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def complete(args: argparse.Namespace) -> None:
+def complete(args) -> None:
     """Adds to args the device, the processes of torchrun and what was not typed. Nothing else
     assigns to args. Raises UserError."""
     launched = torch.distributed.is_torchelastic_launched()
+    if launched:
+        args.rank = int(os.environ["RANK"])
+        args.ranks = int(os.environ["WORLD_SIZE"])
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None:
@@ -1303,13 +1379,9 @@ def complete(args: argparse.Namespace) -> None:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0][:99]}") from None
     tune(device)
     args.device = device
-    args.rank = 0
-    args.ranks = 1
     if launched:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
-        args.rank = torch.distributed.get_rank()
-        args.ranks = torch.distributed.get_world_size()
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(False)
         processor = torch.cuda.get_device_name(device)
@@ -1319,6 +1391,11 @@ def complete(args: argparse.Namespace) -> None:
     args.machine = f"torch {torch.__version__}, {args.ranks} x {processor}"
     if args.precision is None:
         args.precision = "bf16" if native else "float32"
+    if args.command == "eval" and args.distilled:
+        args.name = args.name or args.distilled.stem
+        if not args.dataset:
+            args.dataset = load(args.distilled, {}, "a result is needed")["settings"]["dataset"]
+    args.dataset = args.dataset or "cifar10"
     few_epochs = args.command == "teachers" and args.ipc and not args.epochs
     args.ipc = args.ipc or 1
     for key, value in preset(args.dataset, args.ipc).items():
@@ -1326,8 +1403,6 @@ def complete(args: argparse.Namespace) -> None:
             setattr(args, key, value)
     if few_epochs:  # those that distill reads with the preset of this IPC
         args.epochs = args.max_start - 1 + args.K
-    if args.command == "eval" and args.distilled:
-        args.name = args.name or args.distilled.stem
     if args.command != "teachers":
         seed = args.seed if args.command == "distill" else 0  # eval's is of its networks
         args.name = args.name or f"ipc{args.ipc}_{args.method}_seed{seed}"
@@ -1348,6 +1423,8 @@ def main(argv: list[str] | None = None) -> int:
         print("iadd.py: interrupted; teachers and distill go on from the last minute", file=stderr)
         return 130
     except (UserError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+        if args.rank > 0:
+            time.sleep(5)  # if rank 0 says the same, torchrun ends this process meanwhile
         print(f"iadd.py: error: {str(error) or 'out of memory'}", file=stderr)
         return 2
     finally:
@@ -1355,5 +1432,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal without ±
+    if hasattr(sys.stdout, "reconfigure"):  # not in Jupyter
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ±
     sys.exit(main())

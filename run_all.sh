@@ -26,7 +26,7 @@ set_up() {
 iadd() { # a command of iadd.py, in GPUS processes
     local several=()
     if [ "${GPUS:-1}" != 1 ]; then
-        several=(-m torch.distributed.run --nproc-per-node "$GPUS")
+        several=(-m torch.distributed.run --nproc-per-node "$GPUS" --local-addr 127.0.0.1)
         [ "$1" != distill ] || set -- distill --segments "$GPUS" "${@:2}"
     fi
     echo "== python iadd.py $*"

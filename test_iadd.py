@@ -10,6 +10,7 @@ import csv
 import functools
 import gc
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import operator
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -985,15 +987,15 @@ def make_folder(root, classes=("cat", "dog", "emu"), train=6, test=3, size=32):
         for c, name in enumerate(classes):
             (root / split / name).mkdir(parents=True)
             for k in range(n):
-                pixels = rng.integers(0, 100, (size, size, 3), dtype=np.uint8) + np.uint8(50 * c)
+                pixels = rng.integers(0, 100, (size, size, 3), dtype=np.uint8) + np.uint8(
+                    50 * (c % 3)
+                )
                 Image.fromarray(pixels).save(root / split / name / f"{k}.png")
     return root
 
 
 def test_folder(tmp_path):
     root = make_folder(tmp_path / "pets")
-    (root / "train" / "cat" / ".DS_Store").write_bytes(b"x")
-    (root / "train" / "cat" / "notes.txt").write_bytes(b"x")
     Image.new("L", (32, 32), 99).save(root / "train" / "cat" / "9.png")  # a grey one among colour
     data = iadd.load_dataset(str(root), tmp_path)
     assert data.name == "pets" and data.classes == ["cat", "dog", "emu"]
@@ -1003,8 +1005,46 @@ def test_folder(tmp_path):
         assert torch.equal(data.train[0][7], torch.from_numpy(np.array(image)).permute(2, 0, 1))
     assert (data.train[0][6] == 99).all()
     part = iadd.load_dataset(str(root), tmp_path, 8, ["emu", "cat", "emu"])
-    assert part.shape == (3, 8, 8) and part.name == "pets-cat-emu-8px"
+    assert part.shape == (3, 8, 8) and part.name == "pets"
     assert part.classes == ["cat", "emu"] and part.test[1].tolist() == [0] * 3 + [1] * 3
+
+
+def test_what_is_not_read_is_named(tmp_path, capsys):
+    """In a class's folder everything that Pillow reads is read, and the rest is named."""
+    cat = make_folder(tmp_path / "pets") / "train/cat"
+    red = Image.new("RGB", (32, 32), (255, 0, 0))
+    for suffix in ("gif", "bmp", "jp2", "ico", "TIF"):
+        red.save(cat / f"x.{suffix}")
+    (cat / ".DS_Store").write_bytes(b"x")  # hidden
+    for k in range(7):
+        (cat / f"{k}.txt").write_bytes(b"x")
+    (cat / "x.pdf").write_bytes(b"x")  # Pillow writes such files
+    (cat / "more").mkdir()
+    red.save(cat / "more" / "x.png")
+    data = iadd.load_dataset(str(tmp_path / "pets"), tmp_path)
+    assert data.train[1].bincount().tolist() == [11, 6, 6]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"not read in {tmp_path}/pets/train: 9, ")
+    assert all(name in line for name in (".txt", "cat/x.pdf", "cat/more")) and len(line) < 250
+    inner = cat.parent / "dog" / "images"  # if there is such a folder, it is what is read
+    inner.mkdir()
+    red.save(inner / "x.png")
+    assert len(iadd.image_files(cat.parent)["dog"]) == 1
+    assert ": 15, " in capsys.readouterr().out and iadd.few("abcde") == "a, b, c, d, e"
+    assert iadd.few(range(7)) == "0, 1, 2, 3, 4 and 2 more"
+
+
+def test_val_where_test_has_no_classes(tmp_path):
+    """As ImageNet has it: its test images are in one folder, without labels."""
+    root = make_folder(tmp_path / "net")
+    (root / "test").rename(root / "val")
+    assert len(iadd.load_dataset(str(root), tmp_path).test[0]) == 9
+    (root / "test").mkdir()
+    Image.new("RGB", (32, 32)).save(root / "test" / "1.png")
+    assert len(iadd.load_dataset(str(root), tmp_path).test[0]) == 9
+    make_folder(tmp_path / "both", test=5)
+    (root / "val").rename(tmp_path / "both" / "val")
+    assert len(iadd.load_dataset(str(tmp_path / "both"), tmp_path).test[0]) == 15
 
 
 def test_unusual_images_are_read_rightly_or_refused_by_name(tmp_path):
@@ -1012,39 +1052,70 @@ def test_unusual_images_are_read_rightly_or_refused_by_name(tmp_path):
 
     def read(name, image, mode="RGB", **options):
         image.save(tmp_path / name, **options)
-        return np.moveaxis(iadd.read_image(tmp_path / name, None, mode), 0, 2).tolist()
+        found = iadd.read_image(tmp_path / name, None, mode)
+        return found if isinstance(found, str) else np.moveaxis(found, 0, 2).tolist()
 
-    red_blue = Image.new("RGB", (2, 1), (255, 0, 0))
-    red_blue.putpixel((1, 0), (0, 0, 255))
-    pixels = [[[255, 0, 0], [0, 0, 255]]]
+    red, blue, white = [255, 0, 0], [0, 0, 255], [255, 255, 255]
+    red_blue = Image.new("RGB", (2, 2), (255, 0, 0))
+    red_blue.paste((0, 0, 255), (1, 0, 2, 2))
+    pixels = [[red, blue], [red, blue]]
     palette = red_blue.convert("P", palette=Image.Palette.ADAPTIVE)
     assert read("palette.png", palette) == read("palette.gif", palette) == pixels
     assert read("alpha.png", red_blue.convert("RGBA")) == pixels
     assert read("cmyk.tif", red_blue.convert("CMYK")) == pixels
-    assert read("bits.png", Image.new("1", (2, 1), 1), "L") == [[[255], [255]]]
-    assert read("grey.png", Image.new("LA", (2, 1), (77, 255)), "L") == [[[77], [77]]]
+    assert read("bits.png", Image.new("1", (1, 1), 1), "L") == [[[255]]]
+    assert read("grey.png", Image.new("LA", (1, 1), (77, 255)), "L") == [[[77]]]
     assert read("grey.png", Image.new("L", (1, 1), 77)) == [[[77, 77, 77]]]
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter: red on the left comes to lie on top
-    assert read("turned.png", red_blue, exif=exif) == [[[255, 0, 0]], [[0, 0, 255]]]
+    assert read("turned.png", red_blue, exif=exif) == [[red, red], [blue, blue]]
+
+    # what is transparent is white, whatever lies under it
+    hidden = red_blue.convert("RGBA")
+    hidden.putpixel((0, 0), (0, 0, 0, 0))
+    assert read("part.png", hidden) == read("part.webp", hidden, lossless=True)
+    assert read("part.png", hidden) == [[white, blue], [red, blue]]
+    assert read("mask.png", Image.new("LA", (1, 1), (0, 0)), "L") == [[[255]]]
+    assert read("half.png", Image.new("RGBA", (1, 1), (0, 0, 0, 127))) == [[[128] * 3]]
+    assert (
+        read("palette.gif", palette, transparency=palette.getpixel((0, 0))) == [[white, blue]] * 2
+    )
+    assert read("tRNS.png", red_blue, transparency=(0, 0, 255)) == [[red, white]] * 2
 
     for name, pixels in (("deep.png", np.full((8, 8), 999, np.uint16)), ("f.tif", np.ones((8, 8)))):
         kind = np.uint16 if name == "deep.png" else np.float32
-        with pytest.raises(UserError, match=f"{name}.*8-bit images are needed"):
-            read(name, Image.fromarray(pixels.astype(kind)))
+        assert f"{name}: its pixels" in read(name, Image.fromarray(pixels.astype(kind)))
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     for name in ("cut.jpg", "cut.png"):
         Image.fromarray(noise).save(tmp_path / name)
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content[: len(content) // 2])
-        with pytest.raises(UserError, match=f"cannot read the image .*{name}"):
-            iadd.read_image(tmp_path / name, None, "RGB")
+        assert name in iadd.read_image(tmp_path / name, None, "RGB")
     bomb = bytearray((tmp_path / "alpha.png").read_bytes())
     bomb[16:24] = struct.pack(">II", 10**5, 10**5)  # more pixels than one should believe
     bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
     (tmp_path / "bomb.png").write_bytes(bomb)
-    with pytest.raises(UserError, match="bomb.png.*decompression bomb"):
-        iadd.read_image(tmp_path / "bomb.png", None, "RGB")
+    assert "decompression bomb" in iadd.read_image(tmp_path / "bomb.png", None, "RGB")
+
+
+def test_a_photo_that_is_not_square_is_said_at_once(tmp_path, monkeypatch):
+    Image.new("RGB", (32, 32)).save(tmp_path / "good.png")
+    Image.new("RGB", (32, 24)).save(tmp_path / "photo.png")
+    read, looked_at = iadd.read_image, []
+
+    def counted(path, size, mode):
+        looked_at.append(path)
+        return read(path, size, mode)
+
+    monkeypatch.setattr(iadd, "read_image", counted)
+    good = [tmp_path / "good.png"] * 2000
+    files = {
+        "train": {"a": [tmp_path / "photo.png", *good], "b": good},
+        "test": {"a": good, "b": good},
+    }
+    with pytest.raises(UserError, match="photo.png has 32 x 24 pixels; --size N makes"):
+        iadd.read_dataset("x", files, (), None, "RGB")
+    assert len(looked_at) < 4000
 
 
 def test_tiny_imagenet(tmp_path):
@@ -1076,8 +1147,32 @@ def test_tiny_imagenet(tmp_path):
     assert dict(zip(red, data.test[1].tolist())) == {0: 1, 10: 2, 20: 0, 30: 0}
     part = iadd.load_dataset("tinyimagenet", tmp_path, None, ["n02", "n01"])
     assert part.classes == ["n01", "n02"] and len(part.test[0]) == 3
-    (tmp_path / "val" / "images" / "val_2.JPEG").unlink()
-    with pytest.raises(UserError, match="val_2.JPEG"):
+
+    annotations = tmp_path / "val/val_annotations.txt"
+    annotations.write_text("".join(lines) + "\n")  # a blank line at the end
+    assert torch.equal(iadd.load_dataset("tinyimagenet", tmp_path).test[1], data.test[1])
+    for bad in (b"val_0.JPEG\tn\xff\xfe\n", b"val_0.JPEG n01\n", b"\n"):
+        annotations.write_bytes(bad)
+        with pytest.raises(UserError, match="val"):
+            iadd.load_dataset("tinyimagenet", tmp_path)
+
+    # as its users have it, sorted into folders; the annotations are bad or missing
+    images, wnids_of_val = tmp_path / "val/images", ["n02", "n03", "n01", "n01"]
+    for layout in ("val/images/{}", "val/{}", "val/{}/images"):
+        for k, wnid in enumerate(wnids_of_val):
+            folder = tmp_path / layout.format(wnid)
+            folder.mkdir(parents=True, exist_ok=True)
+            (images / f"val_{k}.JPEG").rename(folder / f"val_{k}.JPEG")
+        sorted_ones = iadd.load_dataset("tinyimagenet", tmp_path)
+        assert sorted_ones.test[1].tolist() == [0, 0, 1, 2] and sorted_ones.classes == wnids
+        red = sorted_ones.test[0][:, 0].float().mean((1, 2)).round().tolist()
+        assert sorted(red[:2]) == [20, 30] and red[2:] == [0, 10]
+        annotations.unlink(missing_ok=True)
+        for k, wnid in enumerate(wnids_of_val):
+            (tmp_path / layout.format(wnid) / f"val_{k}.JPEG").rename(images / f"val_{k}.JPEG")
+        for wnid in wnids:
+            shutil.rmtree(tmp_path / layout.split("{}")[0] / wnid)
+    with pytest.raises(OSError, match="val_annotations.txt"):
         iadd.load_dataset("tinyimagenet", tmp_path)
 
 
@@ -1101,7 +1196,7 @@ def test_covid(tmp_path, layout, monkeypatch):
     counts = {"COVID": 20, "Lung_Opacity": 13, "Normal": 30, "Viral Pneumonia": 7}
     make_covid(tmp_path, counts, layout)
     data = iadd.load_dataset("covid", tmp_path)
-    assert data.shape == (1, 112, 112) and data.name == "covid-112px"
+    assert data.shape == (1, 112, 112) and data.name == "covid"
     assert data.classes == list(counts)
 
     def levels(part, c):
@@ -1118,7 +1213,7 @@ def test_covid(tmp_path, layout, monkeypatch):
     again = iadd.load_dataset("covid", tmp_path)
     assert torch.equal(again.train[0], data.train[0]) and torch.equal(again.test[0], data.test[0])
     part = iadd.load_dataset("covid", tmp_path, 32, ["Normal", "COVID"])
-    assert part.name == "covid-COVID-Normal-32px" and part.classes == ["COVID", "Normal"]
+    assert part.classes == ["COVID", "Normal"]
     assert part.shape == (1, 32, 32) and levels(part.test, 0) == levels(data.test, 0)
 
 
@@ -1126,7 +1221,7 @@ def test_covid_counts_of_the_paper(monkeypatch):
     counts = {"COVID": 3616, "Lung_Opacity": 6012, "Normal": 10192, "Viral Pneumonia": 1345}
     names = {c: [Path(c, f"{c}-{k}.png") for k in range(n)] for c, n in counts.items()}
     monkeypatch.setattr(iadd, "image_files", lambda root: names)
-    train, test = iadd.list_covid(Path("x"))
+    train, test = iadd.list_covid(Path("x")).values()
     totals = [sum(map(len, part.values())) for part in (train, test)]
     assert totals == [16_933, 4_232]  # Section 4.1
     numbers = [int(file.stem.split("-")[1]) for file in train["COVID"]]
@@ -1134,10 +1229,12 @@ def test_covid_counts_of_the_paper(monkeypatch):
 
 
 def test_manual_downloads_are_explained(tmp_path, capsys):
-    for name, says in (("tinyimagenet", "the folder tiny-imagenet-200"), ("covid", "covid")):
-        error = refused(capsys, f"distill --dataset {name} --data-dir", tmp_path)
-        assert says in error and "README" in error
+    for name in ("tinyimagenet", "covid"):
+        error = refused(capsys, f"distill --dataset {name} --data-dir", tmp_path / "nowhere")
+        assert f"there is no folder {tmp_path}/nowhere" in error and "README" in error
     make_covid(tmp_path, {"COVID": 5, "Normal": 5})
+    error = refused(capsys, "teachers --dataset covid --data-dir", tmp_path / "COVID")
+    assert "COVID is a class: --data-dir takes the folder above it" in error
     data = iadd.load_dataset("covid", tmp_path)
     assert data.classes == ["COVID", "Normal"]  # those that are there, as the program says
 
@@ -1145,21 +1242,26 @@ def test_manual_downloads_are_explained(tmp_path, capsys):
 class FakeCifar:
     """Stands in for torchvision's CIFAR10, which needs a download."""
 
-    classes = ["a", "b"]
+    url, classes, there = "", ["a", "b"], True
 
-    def __init__(self, root, train, download):
-        assert download
-        n = 4 if train else 2
-        self.data = np.arange(n * 32 * 32 * 3).reshape(n, 32, 32, 3).astype(np.uint8)
+    def __init__(self, root, train, download=False):
+        if not self.there and not download:
+            raise RuntimeError("Dataset not found or corrupted")
+        n = 8 if train else 2
+        self.data = np.arange(n * 8 * 8 * 3).reshape(n, 8, 8, 3).astype(np.uint8)
         self.targets = [0, 1] * (n // 2)
 
 
 def test_cifar(monkeypatch, tmp_path):
     monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCifar)
-    data = iadd.load_dataset("cifar10", tmp_path)
-    assert data.shape == (3, 32, 32) and len(data.train[0]) == 4 and len(data.test[0]) == 2
+    data = iadd.load_dataset("cifar10", tmp_path / "share")
+    assert data.shape == (3, 8, 8) and len(data.train[0]) == 8 and len(data.test[0]) == 2
     assert data.train[0][0, :, 0, 0].tolist() == [0, 1, 2]
-    assert data.train[1].tolist() == [0, 1, 0, 1] and data.classes == ["a", "b"]
+    assert data.train[1].tolist() == [0, 1] * 4 and data.classes == ["a", "b"]
+    assert not list(tmp_path.iterdir())  # where it lies complete nothing is written
+    monkeypatch.setattr(FakeCifar, "there", False)
+    again = iadd.load_dataset("cifar10", tmp_path / "data")
+    assert torch.equal(again.train[0], data.train[0])
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -1390,6 +1492,35 @@ def test_eval_of_a_file_from_elsewhere(run, tmp_path):
     assert list(tmp_path.iterdir()) == [gift]  # which may be where one cannot write
     assert mine["accuracies"] == theirs["accuracies"] or DEVICE == "cuda"
     assert mine["lr"] == theirs["lr"] and mine["ipc"] == 1
+
+
+def test_eval_knows_the_dataset_of_a_file(run, monkeypatch):
+    tmp, options, folder = run
+    monkeypatch.chdir(tmp)  # where it is a folder of the name
+    gift = folder / "ipc1_iadd_seed0" / "distilled.pt"
+    how = ["--nets 1 --eval-epochs 1", options[2:], "--name known --distilled", gift]
+    assert command("eval", how) == 0
+    assert len(rows_of(folder / "known")) == 1
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_someone_elses_images(tmp_path, monkeypatch, soft):
+    """The lines of the README turn them into a file that eval takes."""
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCifar)
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.randn(4, 3, 8, 8, requires_grad=True), "images.pt")
+    labels = torch.tensor([0, 0, 1, 1])
+    torch.save(torch.eye(2)[labels] * 0.8 + 0.1 if soft else labels, "labels.pt")
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    (lines,) = (block for block in blocks if "images.pt" in block)
+    exec(lines)
+    how = "--nets 2 --eval-epochs 2 --width 4 --no-compile --device"
+    assert command("eval --distilled other.pt", how, DEVICE, "--on distilled random") == 0
+    (path,) = tmp_path.rglob("results.jsonl")
+    assert [(row["ipc"], row["lr"]) for row in rows_of(path.parent)] == [
+        (2, pytest.approx(0.01)),
+        (2, 0.01),
+    ]
 
 
 def test_eval_every_changes_nothing(run):
@@ -1944,10 +2075,25 @@ def test_any_number_of_processes_goes_on(small, tmp_path):
 def test_too_few_segments_to_share_out(small, tmp_path):
     _, options, folder = small
     codes, out, err = several(tmp_path, 2, "distill --name few", DISTIL, options)
-    assert 2 in codes and 0 not in codes and not (folder / "few").exists()
-    errors = [line for lines in err for line in lines if "error" in line]
-    assert errors and all("--segments 2" in line for line in errors)
+    assert codes[0] == 2 and 0 not in codes and not (folder / "few").exists()
+    (error,) = [line for lines in err for line in lines if "error" in line]  # said once
+    assert "--segments 2" in error
     assert not any("Traceback" in line for lines in err for line in lines)
+
+
+def fails_on_rank_1_alone():
+    def fails(*_, **__):
+        raise UserError("only here")
+
+    if os.environ["RANK"] == "1":
+        iadd.one_writer = fails
+
+
+def test_a_mistake_on_one_rank_is_said(small, tmp_path):
+    _, options, _ = small
+    line = ["distill --name alone --segments 2 --iterations 5", DISTIL, options]
+    codes, _, err = several(tmp_path, 2, line, change=fails_on_rank_1_alone)
+    assert codes[1] == 2 and "iadd.py: error: only here" in err[1]
 
 
 def fails_on_rank_1():
@@ -2031,39 +2177,157 @@ def test_bad_datasets(tmp_path, capsys, monkeypatch):
     runs = tmp_path / "runs"
     assert "unknown dataset 'nonsense'" in says("--dataset nonsense")
     (tmp_path / "empty").mkdir()
-    assert "two classes" in says("--dataset", tmp_path / "empty")
+    assert f"no folder {tmp_path}/empty/train" in says("--dataset", tmp_path / "empty")
     assert "two classes" in says_of("one", classes=["cat"])
     message = says_of("odd", lambda root: (root / "test" / "emu").rename(root / "test" / "fox"))
-    assert "emu" in message and "fox" in message
+    assert "odd/train holds no image of fox" in message
     message = says("--dataset", tmp_path / "odd", "--classes cat dog Norml")
-    assert "to test on of ['Norml']" in message
+    assert "odd/train holds no image of Norml" in message
+    message = says_of("half", lambda root: shutil.rmtree(root / "test"))
+    assert f"there is no folder {tmp_path}/half/test" in message
     message = says_of("hollow", lambda root: empty(root / "train" / "dog"))
-    assert "to test on of ['dog']" in message
+    assert "hollow/train holds no image of dog" in message
+    many = [f"class{k:03d}" for k in range(30)]
+    message = says_of("void", lambda root: empty(root / "test"), classes=many, train=1, test=1)
+    assert "void/test holds no image of class000, " in message and "class004 and 25 more" in message
+    assert len(message) < 250
     photo = Image.new("RGB", (800, 600))
     message = says_of("photos", lambda root: photo.save(root / "train" / "cat" / "2.png"))
-    assert "photos/train/cat/2.png" in message and "--size N" in message
-    message = says_of("cut", lambda root: os.truncate(root / "train" / "dog" / "2.png", 200))
-    assert "cut/train/dog/2.png" in message
-    tall = Image.new("RGB", (32, 40))
-    message = says_of("tall", lambda root: tall.save(root / "test" / "dog" / "2.png"))
+    assert "photos/train/cat/2.png has 800 x 600 pixels; --size N" in message
+
+    def cut(root):
+        for path in root.glob("*/dog/*"):
+            os.truncate(path, 200)
+
+    message = says_of("cut", cut)
+    assert "9 of the images cannot be read: " in message and message.endswith(" and 4 more")
+    assert all(f"cut/train/dog/{k}.png: " in message for k in range(5))
+    large = Image.new("RGB", (40, 40))
+    message = says_of("large", lambda root: large.save(root / "test" / "dog" / "2.png"))
     assert "test/dog/2.png" in message and "--size" in message
-    message = says_of("first", lambda root: tall.save(root / "train" / "cat" / "0.png"))
+    message = says_of("first", lambda root: large.save(root / "train" / "cat" / "0.png"))
     assert "train/cat/0.png" in message
-    message = says_of("large", size=90)
-    assert "--no-zca" in message and "--size" in message
     assert "--size" in says("--dataset shapes --size 8")
     assert "--classes" in says("--dataset shapes --classes disk ring")
     more = "--dataset shapes --lr-teacher 1e9 --epochs 1 --width 4 --no-compile"
     assert "diverged: lower --lr-teacher" in says(more)
 
-    def no_network(*_, **__):
-        raise urllib.error.URLError("no route")
+    def no_network(self, root, train, download=False):
+        raise urllib.error.URLError("no route") if download else RuntimeError("not found")
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10.__init__", no_network)
     message = says("--dataset cifar10")  # which file is wanted, where to get it, where to put it
     assert "https://" in message and "/cifar-10-python.tar.gz to" in message
     assert str(tmp_path / "data") in message
     assert not list(runs.rglob("*.pt")) and not list(runs.rglob("*.tmp"))
+
+
+def test_what_can_be_known_is_said_at_once(run, tmp_path, capsys, monkeypatch):
+    """Before anything is computed, and with nothing written."""
+    tmp, options, folder = run
+
+    def computes(*_):
+        raise AssertionError("it computes")
+
+    for name in ("train", "real_images"):
+        monkeypatch.setattr(iadd, name, computes)
+    monkeypatch.setattr(Normalisation, "fit", computes)
+    pets = make_folder(tmp_path / "pets")
+    shutil.rmtree(pets / "train" / "dog")
+    shutil.copytree(
+        pets / "test" / "dog", pets / "train" / "dog"
+    )  # three images, six of the others
+    new = ["--width 2 --runs", tmp_path / "runs", "--dataset", pets]
+    for name in ("teachers --epochs 1", "distill"):
+        error = refused(capsys, name, "--ipc 4", new)
+        assert "IPC 4 is too large: dog has 3 training images" in error
+    small = make_folder(tmp_path / "small", size=4)
+    assert "too small" in refused(
+        capsys, "eval --arch convnet vgg11 --on full", new, "--dataset", small
+    )
+    assert not (tmp_path / "runs").exists()
+
+    monkeypatch.setattr(iadd, "fingerprint", lambda _: 0)
+    gift = tmp_path / "gift.pt"
+    content = result(folder / "ipc1_iadd_seed0")
+    iadd.save({**content, "settings": {**content["settings"], "ipc": 4}}, gift)
+    how = ["eval --on distilled random", options, "--dataset", pets, "--distilled", gift]
+    assert "IPC 4 is too large" in refused(capsys, how)
+    (folder / "closed" / "results.jsonl").mkdir(parents=True)  # nothing can be written to it
+    good = folder / "ipc1_iadd_seed0" / "distilled.pt"
+    assert "results.jsonl" in refused(capsys, "eval --name closed", options, "--distilled", good)
+
+
+def test_zca_of_own_images(tmp_path, capsys, monkeypatch):
+    """Those larger than 32 x 32 have it only where it is asked for, and what it takes is said; if
+    that is more than about a minute, they do not have it."""
+
+    class Fitted(Exception):
+        pass
+
+    def fit(images, zca, *_):
+        raise Fitted(zca)
+
+    monkeypatch.setattr(Normalisation, "fit", fit)
+    options = ["teachers --width 2 --runs", tmp_path / "runs"]
+
+    def fitted(size, *more):
+        root = tmp_path / f"of{size}"
+        if not root.exists():
+            make_folder(root, size=size)
+        capsys.readouterr()
+        with pytest.raises(Fitted) as found:
+            command(options, "--dataset", root, *more)
+        return found.value.args[0], "ZCA of" in capsys.readouterr().out
+
+    assert fitted(32) == (True, False) and fitted(32, "--no-zca") == (False, False)
+    assert fitted(40) == (False, False) and fitted(40, "--zca") == (True, True)
+    make_folder(tmp_path / "of50", size=50)
+    error = refused(capsys, options, "--zca --dataset", tmp_path / "of50")
+    assert "ZCA of 7500 numbers: 74 s, 2.2 GB: use --no-zca, or a smaller --size" in error
+
+
+def test_names_of_folders(tmp_path, monkeypatch):
+    """Short choices of classes are in them, long ones as their number and a hash."""
+    classes = [f"n{k:08d}" for k in range(40)]
+    pets = make_folder(tmp_path / "pets", classes, train=1, test=1, size=8)
+
+    def folder_of(*more):
+        args = completed(*words("teachers --width 2 --runs runs --no-zca --dataset", pets, *more))
+        data, shared, folder = iadd.prepare(args)
+        assert data.name == shared["dataset"] == "pets"
+        (tmp_path / folder).mkdir(parents=True)  # a file system takes it
+        return folder.name
+
+    assert folder_of() == "pets_std_w2"
+    assert folder_of("--size 16", "--classes", *classes[1::-1]) == (
+        "pets-n00000000-n00000001-16px_std_w2"
+    )
+    longer = {folder_of("--classes", *classes[k : k + 35]) for k in range(3)}
+    assert len(longer) == 3 and all("-35-" in name and len(name) < 60 for name in longer)
+
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError("no flock"), OSError(37, "No locks available")]
+)
+def test_a_file_system_without_locks(run, capsys, monkeypatch, error):
+    _, options, folder = run
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", fails)
+    said = refused(capsys, "teachers --ipc 1", options)
+    assert f"cannot lock {folder}/teachers" in said and str(error) in said
+
+
+def test_within_jupyter(monkeypatch):
+    """%run there has an output that cannot be told how to encode."""
+    monkeypatch.setattr(sys, "argv", ["iadd.py", "plot", "nowhere"])
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(iadd.__file__, run_name="__main__")
+    assert stop.value.code == 2
 
 
 @pytest.mark.parametrize(
@@ -2138,8 +2402,10 @@ def test_missing_or_mismatching_teachers(run, tmp_path, capsys):
     assert "width 4, not 8" in refused(capsys, "distill --width 8", elsewhere)
     teachers.parent.rename(tmp_path / "pets_std_w4")
     changed = make_folder(tmp_path / "pets", train=13)
-    error = refused(capsys, "distill --width 4", elsewhere, "--dataset", changed)
-    assert "fingerprint" in error and not list(tmp_path.rglob("distilled.pt"))
+    for name in ("teachers --ipc 1", "distill"):
+        error = refused(capsys, name, "--width 4", elsewhere, "--dataset", changed)
+        assert "000.pt is of other images: delete its folder, or --runs DIR" in error
+    assert not list(tmp_path.rglob("distilled.pt"))
 
 
 def test_the_advice_to_train_teachers_helps(tmp_path, capsys):
@@ -2160,10 +2426,11 @@ def test_eval_without_a_fitting_result(run, tmp_path, capsys):
     assert "ipc3_iadd" in refused(capsys, "eval --ipc 3", options)
     assert "nowhere.pt" in refused(capsys, "eval", options, "--distilled", tmp_path / "nowhere.pt")
     other = make_folder(tmp_path / "pets")  # the same names, other images
-    assert "fingerprint" in refused(capsys, "eval", options, "--dataset", other)
+    assert "is of other images" in refused(capsys, "eval", options, "--dataset", other)
     gift = folder / "ipc1_iadd_seed0" / "distilled.pt"
     error = refused(capsys, "eval --dataset shapes --width 4 --distilled", gift)
-    assert "dataset pets, not shapes" in error
+    assert "classes ['cat', 'dog', 'emu'], not ['disk'" in error and len(error) < 300
+    assert "unknown dataset 'pets'" in refused(capsys, "eval --distilled", gift)  # not CIFAR-10
     assert "nowhere" in refused(capsys, "plot", tmp_path / "nowhere")
 
 
@@ -2327,7 +2594,8 @@ def test_run_all(tmp_path):
     assert "ipc10" not in "".join(run_all("paper", "table1/cifar10/ipc1")[2])
     assert run_all("paper", "table9")[0] == 2
     ran = run_all("cifar100", "10", gpus="2")[2]
-    assert all(line.startswith("-m torch.distributed.run --nproc-per-node 2 ") for line in ran)
+    torchrun = "-m torch.distributed.run --nproc-per-node 2 --local-addr 127.0.0.1 "
+    assert all(line.startswith(torchrun) for line in ran)
     assert "distill --segments 2 --dataset cifar100 --ipc 10" in ran[1] and len(ran) == 3
 
 
