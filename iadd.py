@@ -48,7 +48,6 @@ import time
 import warnings
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -658,29 +657,24 @@ def list_covid(root: Path) -> dict[str, dict]:
     return {f"{root} (training part)": train, f"{root} (test part)": test}
 
 
-def read_image(path: Path, size: int | None, mode: str) -> np.ndarray | str:
-    """An image file as uint8 (C, H, W), H = W, C = 1 for mode "L", 3 for "RGB"; or if it cannot be
-    read, why. Raises UserError if it needs --size."""
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
-                raise ValueError(f"its pixels are of mode {image.mode}; 8-bit images are needed")
-            width, height = image.size
-            if not size and (width != height or width > 512):  # the most that --size takes
-                sides = f"{width} x {height} pixels"
-                raise UserError(f"{path} has {sides}; --size N makes all images N x N")
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:  # on white, as a page shows it
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert(mode)
-            if size:
-                image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased
-            return np.ascontiguousarray(np.moveaxis(np.atleast_3d(image), 2, 0))
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises OSError, SyntaxError, DecompressionBombError, ...
-        return f"{path}: {error}"
+def read_image(path: Path, size: int | None, mode: str) -> np.ndarray:
+    """An image file as uint8 (C, H, W), H = W, C = 1 for mode "L", 3 for "RGB". Raises UserError if
+    it needs --size, and whatever Pillow raises if it cannot be read."""
+    with Image.open(path) as image:
+        if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
+            raise ValueError(f"its pixels are of mode {image.mode}; 8-bit images are needed")
+        width, height = image.size
+        if not size and (width != height or width > 512):  # the most that --size takes
+            sides = f"{width} x {height} pixels"
+            raise UserError(f"{path} has {sides}; --size N makes all images N x N")
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:  # on white, as a page shows it
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert(mode)
+        if size:
+            image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased
+        return np.ascontiguousarray(np.moveaxis(np.atleast_3d(image), 2, 0))
 
 
 def read_dataset(name: str, files: dict, only, size: int | None, mode: str) -> Dataset:
@@ -700,10 +694,15 @@ def read_dataset(name: str, files: dict, only, size: int | None, mode: str) -> D
         for k, c in enumerate(classes):
             paths += part[c]
             labels += [k] * len(part[c])
-    with ThreadPoolExecutor() as pool:
-        reading = pool.map(functools.partial(read_image, size=size, mode=mode), paths)
-        arrays = list(progress(reading, desc=f"reading {name}", total=len(paths)))
-    unreadable = [array for array in arrays if isinstance(array, str)]
+    arrays = []
+    unreadable = []
+    for path in progress(paths, desc=f"reading {name}"):  # several threads take twice as long
+        try:
+            arrays.append(read_image(path, size, mode))
+        except UserError:
+            raise
+        except Exception as error:  # OSError, SyntaxError, DecompressionBombError, ...
+            unreadable.append(f"{path}: {error}")
     if unreadable:
         raise UserError(f"{len(unreadable)} of the images cannot be read: {few(unreadable)}")
     for path, array in zip(paths, arrays):
@@ -997,7 +996,8 @@ def command_teachers(args) -> None:
     data, settings, folder = prepare(args)
     settings |= {"lr_teacher": args.lr_teacher, "batch_real": args.batch_real}
     settings |= {"seed": args.seed, "precision": args.precision}
-    print(f"settings: {settings}, {args.epochs} epochs; {args.machine}")
+    shown = {**settings, "classes": len(data.classes)}
+    print(f"settings: {shown}, {args.epochs} epochs; {args.machine}")
     paths = [folder / f"teachers/{k:03d}.pt" for k in range(args.teachers)]
     mine = paths[args.rank :: args.ranks]  # of this process
     hint = "delete it, or --runs DIR chooses another folder"
@@ -1059,7 +1059,8 @@ def command_distill(args) -> None:
     m.batch = min(args.batch or N, N)
     settings |= {**vars(m), "ipc": args.ipc, "precision": args.precision}
     settings |= {"teachers": len(teachers), "teachers_fingerprint": fingerprint(teachers)}
-    print(f"settings: {settings}, {args.iterations} iterations; {args.machine}")
+    shown = {**settings, "classes": len(data.classes)}
+    print(f"settings: {shown}, {args.iterations} iterations; {args.machine}")
     with one_writer(out, args):
         d, result = begin(args, data, m, settings, out / "distilled.pt")
         normalise = Normalisation(result["mean"], result["scale"])
