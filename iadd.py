@@ -316,7 +316,7 @@ def augment(x: Tensor) -> Tensor:
 
 def plain_network(shape, classes: int, layers: list, norm: bool = True) -> nn.Module:
     """Convolutions (width, kernel), each with instance normalisation and ReLU, halvings "avg" or
-    "max", a linear layer. shape: (C, H, W) of the images. Raises UserError if too small."""
+    "max", a linear layer. shape: (C, H, W) of the images. Raises ValueError if too small."""
     channels, side, _ = shape
     modules = []
     for layer in layers:
@@ -330,7 +330,7 @@ def plain_network(shape, classes: int, layers: list, norm: bool = True) -> nn.Mo
             modules += [convolution, normalisation, nn.ReLU()]
             channels = width
     if side == 0:
-        raise UserError(f"images of {shape} are too small for this network")
+        raise ValueError(f"images of {shape} are too small for this network")
     return nn.Sequential(*modules, nn.Flatten(), nn.Linear(channels * side * side, classes))
 
 
@@ -355,7 +355,7 @@ def vgg11(shape, classes: int) -> nn.Module:
 def resnet18(shape, classes: int) -> nn.Module:
     """ResNet18 [7] for small images: a 3x3 stem without stride or pooling."""
     if shape[1] <= 8:  # its last stage would normalise single pixels, that is, make all alike
-        raise UserError(f"images of {shape} are too small for this network")
+        raise ValueError(f"images of {shape} are too small for this network")
     net = torchvision.models.resnet18(norm_layer=lambda w: nn.GroupNorm(w, w), num_classes=classes)
     net.conv1 = nn.Conv2d(shape[0], 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
@@ -608,8 +608,7 @@ def image_files(root: Path) -> dict[str, list[Path]]:
         inner = folder / "images" if (folder / "images").is_dir() else folder
         files = {path for path in inner.glob("[!.]*") if path.suffix.lower() in readable}
         unread += {*folder.glob("[!.]*"), *inner.glob("[!.]*")} - files - {inner}
-        if files:
-            found[folder.name] = sorted(files)
+        found[folder.name] = sorted(files)
     if unread:
         of_each_kind = {path.suffix: path.relative_to(root) for path in sorted(unread)}
         print(f"not read in {root}: {len(unread)}, such as {few(of_each_kind.values())}")
@@ -630,7 +629,7 @@ def list_tiny_imagenet(root: Path) -> dict[Path, dict]:
     sorted into folders of classes or, as published, listed in a file."""
     files = list_folders(root, "val/images", "val")
     _, test = files.values()
-    if not test:
+    if not any(test.values()):
         annotations = root / "val/val_annotations.txt"
         try:
             for line in filter(str.strip, annotations.read_text().splitlines()):
@@ -681,11 +680,12 @@ def read_dataset(name: str, files: dict, only, size: int | None, mode: str) -> D
     """files: {folder: {class: files}} to train on, to test on; only: the classes to use, or all;
     size, mode: as in `read_image`. Raises UserError."""
     train, test = files.values()
-    classes = sorted({*(only or [*train, *test])})
+    classes = sorted({*(only or [*train, *filter(test.get, test)])})
     for folder, part in files.items():
         lacking = [c for c in classes if not part.get(c)]
         if lacking:
-            raise UserError(f"{folder} holds no image of {few(lacking)}")
+            others = few(filter(part.get, part))
+            raise UserError(f"{folder} holds no image of {few(lacking)}, only of: {others}")
     if len(classes) < 2:
         raise UserError(f"{name} needs folders of two classes, see README; found: {few(classes)}")
     paths = []
@@ -780,6 +780,8 @@ def save(content: dict, path: Path) -> None:
 
 def load(path: Path, settings: dict, hint: str, device="cpu", teacher: bool = False) -> dict:
     """What `save` wrote under these settings; no stranger's code is run. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"there is no {path}; {hint}")
     try:
         with zipfile.ZipFile(path) as records:  # torch.load does not look at their CRCs
             if records.testzip():
@@ -793,7 +795,7 @@ def load(path: Path, settings: dict, hint: str, device="cpu", teacher: bool = Fa
         raise
     except Exception as error:  # torch raises half a dozen types for a damaged file
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path} is missing, damaged or not iadd.py's ({why}); {hint}") from None
+        raise UserError(f"{path} is damaged or not iadd.py's ({why}); {hint}") from None
     wrong = {name: x for name, x in settings.items() if found.get(name) != x}
     if "fingerprint" in wrong:
         raise UserError(f"{path} is of other images: delete its folder, or --runs DIR keeps both")
@@ -807,15 +809,21 @@ def check(content: dict, teacher: bool) -> None:
     """Raises ValueError for what would otherwise give a wrong number without a word."""
     settings = content["settings"]
     if teacher:
-        fits = content["thetas"].shape[1:] == (settings["P"],)
+        fits = {"thetas": content["thetas"].shape[1:] == (settings["P"],)}
     else:
-        images = content["images"]
         labels = content["labels"]
-        fits = images.shape == (len(labels), *settings["shape"])
-        fits = fits and content["W"].shape == (settings["P"],) and content["alpha"] > 0
-        fits = fits and labels.min() >= 0 and labels.max() < len(settings["classes"])
-    if not fits or not all(x.isfinite().all() for x in content.values() if torch.is_tensor(x)):
-        raise ValueError("shapes do not fit, or values are out of range")
+        fits = {
+            "images": content["images"].shape == (len(labels), *settings["shape"]),
+            "labels": labels.min() >= 0 and labels.max() < len(settings["classes"]),
+            "alpha": content["alpha"] > 0,
+            "W": content["W"].shape == (settings["P"],),
+        }
+    for name, x in content.items():
+        if torch.is_tensor(x) and not x.isfinite().all():
+            fits[name] = False
+    wrong = [name for name, good in fits.items() if not good]
+    if wrong:
+        raise ValueError(f"wrong shapes or values: {', '.join(wrong)}")
 
 
 def one_writer(folder: Path, args):
@@ -947,7 +955,10 @@ def sum_over_ranks(*tensors: Tensor | None) -> None:
 def new_network(arch: str, data: Dataset, args) -> nn.Module:
     """On the device. Raises UserError if the images are too small for it."""
     sizes = {"width": args.width} if arch == "convnet" else {}
-    return ARCHITECTURES[arch](data.shape, len(data.classes), **sizes).to(args.device)
+    try:
+        return ARCHITECTURES[arch](data.shape, len(data.classes), **sizes).to(args.device)
+    except ValueError as error:
+        raise UserError(f"{arch}: {error}") from None
 
 
 def check_ipc(ipc: int, data: Dataset) -> None:
@@ -969,7 +980,7 @@ def prepare(args) -> tuple[Dataset, dict, Path]:
         zca = args.zca and data.shape[1] <= 32
     D = math.prod(data.shape)
     if zca and D > 3072:
-        cost = f"ZCA of {D} numbers: {60 * (D / 7000) ** 3:.0f} s, {40e-9 * D * D:.1f} GB"
+        cost = f"ZCA of {D} numbers: about {60 * (D / 7000) ** 3:.0f} s, {40e-9 * D * D:.1f} GB"
         if D > 7000:
             raise UserError(f"{cost}: use --no-zca, or a smaller --size")
         print(cost)
@@ -1049,10 +1060,10 @@ def load_teachers(args, folder: Path, shared: dict) -> list[Tensor]:
 
 def command_distill(args) -> None:
     """Distil a dataset into a few images per class (Algorithm 1)."""
-    data, settings, folder = prepare(args)
-    out = folder / args.name
     if args.ranks > args.S:
         raise UserError(f"{args.ranks} processes need --segments {args.ranks} or more to share out")
+    data, settings, folder = prepare(args)
+    out = folder / args.name
     teachers = load_teachers(args, folder / "teachers", settings)
     m = Matching(**{name: getattr(args, name) for name in Matching.__annotations__})
     N = args.ipc * len(data.classes)
@@ -1170,13 +1181,16 @@ def command_eval(args) -> None:
     data, shared, folder = prepare(args)
     for arch in args.arch:
         new_network(arch, data, args)  # tells if the images are too small for it
+    if "herding" in args.on:
+        teacher = load(folder / "teachers/000.pt", shared, "train it first", teacher=True)
+        net = new_network("convnet", data, args)
     about = {"ipc": args.ipc, "iteration": None, "lr": args.lr_teacher}
     if "distilled" in args.on:
         path = args.distilled or folder / args.name / "distilled.pt"
         wanted = shared
         if args.distilled:  # from elsewhere, perhaps of another program
             wanted = {name: shared[name] for name in ("classes", "shape", "zca")}
-        result = load(path, wanted, "options must fit", args.device)
+        result = load(path, wanted, "distill makes it, with the same options", args.device)
         normalise = Normalisation(result["mean"], result["scale"])
         about["ipc"] = result["settings"]["ipc"]  # --name does not tell it
         check_ipc(about["ipc"], data)
@@ -1195,8 +1209,6 @@ def command_eval(args) -> None:
         else:
             choose = None
             if on == "herding":
-                teacher = load(folder / "teachers/000.pt", shared, "train it first", teacher=True)
-                net = new_network("convnet", data, args)
                 choose = functools.partial(herding, net, teacher["thetas"][-1], row["ipc"])
             images = ImageSet(*real_images(data, normalise, row["ipc"], choose))
         for arch in args.arch:
@@ -1235,14 +1247,14 @@ def evaluate(args, data: Dataset, normalise: Normalisation, images: ImageSet, ro
     mean = np.mean(scores)
     std = np.std(scores, ddof=1) if len(scores) > 1 else 0.0
     seconds = time.time() - start
-    line = f"{on:<12}{arch:<10}{f'{mean:.1f} ± {std:.1f} %':>14}{args.nets:>10}{epochs:>8}"
-    tqdm.write(f"{line}{lr:>10.5f}{seconds:>9.0f}")
     row = {**row, "lr": lr, "epochs": epochs, "seed": args.seed, "precision": args.precision}
     row |= {"mean": mean, "std": std, "accuracies": scores, "seconds": seconds}
     row["confusion"] = matrices.sum(0).tolist()
     if args.rank == 0:
         with open(out / "results.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
+    line = f"{on:<12}{arch:<10}{f'{mean:.1f} ± {std:.1f} %':>14}{args.nets:>10}{epochs:>8}"
+    tqdm.write(f"{line}{lr:>10.5f}{seconds:>9.0f}")
 
 
 def command_plot(args) -> None:
@@ -1272,9 +1284,10 @@ def command_plot(args) -> None:
     final.set_title("1 - W by parameter")
     figure.savefig(args.folder / "plot.png", dpi=130)
     pictures = [Image.open(path) for path in sorted(args.folder.glob("images_*.png"))]
-    first, *others = [x.reduce(math.ceil(max(x.size) / 1100)).quantize(128) for x in pictures]
+    small = [x.reduce(math.ceil(max(x.size) / 1100)).quantize(128) for x in pictures]
     path = args.folder / "evolution.gif"
-    first.save(path, save_all=True, append_images=others, duration=250, loop=0)
+    if small:
+        small[0].save(path, save_all=True, append_images=small[1:], duration=250, loop=0)
     print(f"{args.folder}/plot.png, {path}")
 
 
@@ -1394,9 +1407,10 @@ def complete(args) -> None:
         args.precision = "bf16" if native else "float32"
     if args.command == "eval" and args.distilled:
         args.name = args.name or args.distilled.stem
-        if not args.dataset:
+        if args.dataset is None:
             args.dataset = load(args.distilled, {}, "a result is needed")["settings"]["dataset"]
-    args.dataset = args.dataset or "cifar10"
+    if args.dataset is None:
+        args.dataset = "cifar10"
     few_epochs = args.command == "teachers" and args.ipc and not args.epochs
     args.ipc = args.ipc or 1
     for key, value in preset(args.dataset, args.ipc).items():

@@ -1226,6 +1226,10 @@ def test_manual_downloads_are_explained(tmp_path, capsys):
     make_covid(tmp_path, {"COVID": 5, "Normal": 5})
     error = refused(capsys, "teachers --dataset covid --data-dir", tmp_path / "COVID")
     assert "COVID is a class: --data-dir takes the folder above it" in error
+    (tmp_path / "Lung_Opacity" / "masks").mkdir(parents=True)  # only a part has been unpacked
+    error = refused(capsys, "teachers --dataset covid --data-dir", tmp_path)
+    assert "holds no image of Lung_Opacity, only of: COVID, Normal" in error
+    shutil.rmtree(tmp_path / "Lung_Opacity")
     data = iadd.load_dataset("covid", tmp_path)
     assert data.classes == ["COVID", "Normal"]  # those that are there, as the program says
 
@@ -1494,14 +1498,27 @@ def test_eval_knows_the_dataset_of_a_file(run, monkeypatch):
     assert len(rows_of(folder / "known")) == 1
 
 
-@pytest.mark.parametrize("soft", [False, True])
-def test_someone_elses_images(tmp_path, monkeypatch, soft):
+def test_a_row_is_kept_although_nobody_reads_it(run, monkeypatch):
+    """Its line is printed after it is written: the output may end in a pager that is closed."""
+
+    def closed(_):
+        raise BrokenPipeError
+
+    _, options, folder = run
+    monkeypatch.setattr("tqdm.tqdm.write", closed)
+    assert command("eval --on full --name closed_pipe --nets 1 --eval-epochs 1", options) == 2
+    assert len(rows_of(folder / "closed_pipe")) == 1
+
+
+@pytest.mark.parametrize(
+    "labels, dtype", [([0, 0, 1, 1], torch.int32), ([[0.9, 0.1]] * 3 + [[0, 1]], torch.float64)]
+)
+def test_someone_elses_images(tmp_path, monkeypatch, labels, dtype):
     """The lines of the README turn them into a file that eval takes."""
     monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCifar)
     monkeypatch.chdir(tmp_path)
     torch.save(torch.randn(4, 3, 8, 8, requires_grad=True), "images.pt")
-    labels = torch.tensor([0, 0, 1, 1])
-    torch.save(torch.eye(2)[labels] * 0.8 + 0.1 if soft else labels, "labels.pt")
+    torch.save(torch.tensor(labels, dtype=dtype), "labels.pt")
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     (lines,) = (block for block in blocks if "images.pt" in block)
     exec(lines)
@@ -1567,6 +1584,11 @@ def test_plot_shows_the_images_from_the_real_ones_on(run):
         frame = film.convert("RGB").resize(first.size)
     difference = np.asarray(frame).astype(float) - np.asarray(first.convert("RGB"))
     assert abs(difference).mean() < 10  # 256 colours, resized
+    alone = folder / "alone"  # a file that somebody has sent
+    alone.mkdir()
+    shutil.copy(out / "distilled.pt", alone)
+    assert command("plot", alone) == 0
+    assert {path.name for path in alone.iterdir()} == {"distilled.pt", "plot.png"}
 
 
 def test_covid_from_end_to_end(tmp_path, capsys):
@@ -2176,8 +2198,8 @@ def test_bad_datasets(tmp_path, capsys, monkeypatch):
     assert "odd/train holds no image of Norml" in message
     message = says_of("half", lambda root: shutil.rmtree(root / "test"))
     assert f"there is no folder {tmp_path}/half/test" in message
-    message = says_of("hollow", lambda root: empty(root / "train" / "dog"))
-    assert "hollow/train holds no image of dog" in message
+    message = says_of("hollow", lambda root: [empty(root / x / "dog") for x in ("train", "test")])
+    assert "hollow/train holds no image of dog, only of: cat, emu" in message
     many = [f"class{k:03d}" for k in range(30)]
     message = says_of("void", lambda root: empty(root / "test"), classes=many, train=1, test=1)
     assert "void/test holds no image of class000, " in message and "class004 and 25 more" in message
@@ -2235,8 +2257,10 @@ def test_what_can_be_known_is_said_at_once(run, tmp_path, capsys, monkeypatch):
     for name in ("teachers --epochs 1", "distill"):
         error = refused(capsys, name, "--ipc 4", new)
         assert "IPC 4 is too large: dog has 3 training images" in error
+    error = refused(capsys, "eval --on full herding", new)
+    assert "there is no " in error and "teachers/000.pt; train it first" in error
     small = make_folder(tmp_path / "small", size=4)
-    assert "too small" in refused(
+    assert "vgg11: images of (3, 4, 4) are too small" in refused(
         capsys, "eval --arch convnet vgg11 --on full", new, "--dataset", small
     )
     assert not (tmp_path / "runs").exists()
@@ -2278,7 +2302,7 @@ def test_zca_of_own_images(tmp_path, capsys, monkeypatch):
     assert fitted(40) == (False, False) and fitted(40, "--zca") == (True, True)
     make_folder(tmp_path / "of50", size=50)
     error = refused(capsys, options, "--zca --dataset", tmp_path / "of50")
-    assert "ZCA of 7500 numbers: 74 s, 2.2 GB: use --no-zca, or a smaller --size" in error
+    assert "ZCA of 7500 numbers: about 74 s, 2.2 GB: use --no-zca, or a smaller --size" in error
 
 
 def test_names_of_folders(tmp_path, monkeypatch):
@@ -2417,7 +2441,8 @@ def test_the_advice_to_train_teachers_helps(tmp_path, capsys):
 
 def test_eval_without_a_fitting_result(run, tmp_path, capsys):
     _, options, folder = run
-    assert "ipc3_iadd" in refused(capsys, "eval --ipc 3", options)
+    error = refused(capsys, "eval --ipc 3", options)
+    assert "there is no " in error and "ipc3_iadd" in error and "distill makes it" in error
     assert "nowhere.pt" in refused(capsys, "eval", options, "--distilled", tmp_path / "nowhere.pt")
     other = make_folder(tmp_path / "pets")  # the same names, other images
     assert "is of other images" in refused(capsys, "eval", options, "--dataset", other)
@@ -2522,8 +2547,11 @@ def test_crafted_results_are_refused(run, tmp_path, capsys, key):
     path.parent.mkdir()
     for change in CRAFTED[key]:
         iadd.save({**good, key: change(good[key])}, path)
-        assert "distilled.pt" in refused(capsys, distil)
-        assert "distilled.pt" in refused(capsys, "eval --distilled", path, options)
+        for line in (distil, ["eval --distilled", path, options]):
+            error = refused(capsys, line)
+            assert "distilled.pt" in error and any(
+                x in error for x in (key, "zca", "classes", "min()")
+            )
 
 
 def test_crafted_teachers_are_refused(run, tmp_path, capsys):
