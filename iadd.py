@@ -601,12 +601,12 @@ def image_files(root: Path) -> dict[str, list[Path]]:
     Nothing hidden; whatever else is there is named. Raises UserError."""
     if not root.is_dir():
         raise UserError(f"there is no folder {root}; see README")
-    readable = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    known = Image.registered_extensions()
     found = {}
     unread = []
     for folder in sorted(path for path in root.glob("[!.]*") if path.is_dir()):
         inner = folder / "images" if (folder / "images").is_dir() else folder
-        files = {path for path in inner.glob("[!.]*") if path.suffix.lower() in readable}
+        files = {path for path in inner.glob("[!.]*") if path.suffix.lower() in known}
         unread += {*folder.glob("[!.]*"), *inner.glob("[!.]*")} - files - {inner}
         found[folder.name] = sorted(files)
     if unread:
@@ -696,7 +696,7 @@ def read_dataset(name: str, files: dict, only, size: int | None, mode: str) -> D
             labels += [k] * len(part[c])
     arrays = []
     unreadable = []
-    for path in progress(paths, desc=f"reading {name}"):  # several threads take twice as long
+    for path in progress(paths, desc=f"reading {name}"):  # threads are slower at small files
         try:
             arrays.append(read_image(path, size, mode))
         except UserError:
