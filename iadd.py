@@ -33,7 +33,6 @@ Glossary
 """
 
 import argparse
-import ast
 import copy
 import ctypes
 import datetime
@@ -495,29 +494,29 @@ class UserError(Exception):
 # The paper's (Sections 4.1, 4.2, 4.5); lr_teacher, batch_real: MTT's; covid's T: a guess
 DEFAULTS = {"epochs": 50, "lr_teacher": 0.01, "batch_real": 256, "iterations": 5000, "width": 128}
 SMALL = {"epochs": 10, "lr_teacher": 0.02, "batch_real": 64, "iterations": 200, "width": 32}
-# MTT's, and ZCA where MTT has it; covid: MTT's for images of 128 x 128; shapes: ours
+# MTT's, and ZCA where MTT has it; covid: MTT's for images of 128 x 128; shapes: ours. batch 0: all
 PRESETS = """
 dataset       ipc teachers  J K max_start lr_img lr_alpha alpha batch   zca
-cifar10         1      200 50 2         2    100     1e-7   .01  None  True
-cifar10        10      200 30 2        20    100     1e-5  .001  None  True
-cifar10        50      200 30 2        40   1000     1e-5  .001  None False
-cifar100        1      200 20 3        20   1000     1e-5   .01  None  True
-cifar100       10      200 20 2        20   1000     1e-5   .01  None False
+cifar10         1      200 50 2         2    100     1e-7   .01     0  True
+cifar10        10      200 30 2        20    100     1e-5  .001     0  True
+cifar10        50      200 30 2        40   1000     1e-5  .001     0 False
+cifar100        1      200 20 3        20   1000     1e-5   .01     0  True
+cifar100       10      200 20 2        20   1000     1e-5   .01     0 False
 cifar100       50      200 80 2        40   1000     1e-5   .01   125  True
-tinyimagenet    1      100 10 2        10  10000     1e-4   .01  None False
+tinyimagenet    1      100 10 2        10  10000     1e-4   .01     0 False
 tinyimagenet   10      100 20 2        40  10000     1e-4   .01   200 False
-covid          20      100 20 2        10   1000     1e-6   .01  None False
-shapes          1        6 10 2         4    300     1e-5   .03  None False
+covid          20      100 20 2        10   1000     1e-6   .01     0 False
+shapes          1        6 10 2         4    300     1e-5   .03     0 False
 """
 
 
 def preset(name: str, ipc: int) -> dict:
     """Settings of a dataset (a folder: CIFAR-10's) at the largest IPC <= ipc, or the least."""
-    header, *lines = [line.split() for line in PRESETS.strip().splitlines()]
-    table = [dict(zip(header, [line[0], *map(ast.literal_eval, line[1:])])) for line in lines]
+    table = np.genfromtxt(PRESETS.splitlines(), dtype=None, names=True, encoding="utf-8")
     rows = [row for row in table if row["dataset"] == name] or table[:3]  # CIFAR-10's
     up_to_ipc = [row for row in rows if row["ipc"] <= ipc] or rows[:1]
-    return {**(SMALL if name == "shapes" else DEFAULTS), **up_to_ipc[-1]}
+    settings = dict(zip(table.dtype.names, up_to_ipc[-1].item()))
+    return {**(SMALL if name == "shapes" else DEFAULTS), **settings}
 
 
 # ---- 8. Datasets -------------------------------------------------------------------------
@@ -604,7 +603,7 @@ def image_files(root: Path) -> dict[str, list[Path]]:
     known = Image.registered_extensions()
     found = {}
     unread = []
-    for folder in sorted(path for path in root.glob("[!.]*") if path.is_dir()):
+    for folder in sorted(filter(Path.is_dir, root.glob("[!.]*"))):
         inner = folder / "images" if (folder / "images").is_dir() else folder
         files = {path for path in inner.glob("[!.]*") if path.suffix.lower() in known}
         unread += {*folder.glob("[!.]*"), *inner.glob("[!.]*")} - files - {inner}
@@ -619,8 +618,8 @@ def list_folders(root: Path, *tests: str) -> dict[Path, dict]:
     """{folder: {class: files}} to train on, root/train, and to test on, the first of `tests` that
     has a class's folder. Raises UserError."""
     train = image_files(root / "train")
-    fitting = [test for test in tests if any((root / test / c).is_dir() for c in train)]
-    test = root / [*fitting, tests[0]][0]
+    fitting = (test for test in tests if any((root / test / c).is_dir() for c in train))
+    test = root / next(fitting, tests[0])
     return {root / "train": train, test: image_files(test)}
 
 
@@ -664,8 +663,7 @@ def read_image(path: Path, size: int | None, mode: str) -> np.ndarray:
             raise ValueError(f"its pixels are of mode {image.mode}; 8-bit images are needed")
         width, height = image.size
         if not size and (width != height or width > 512):  # the most that --size takes
-            sides = f"{width} x {height} pixels"
-            raise UserError(f"{path} has {sides}; --size N makes all images N x N")
+            raise UserError(f"{path} has {width} x {height} pixels; --size N makes all N x N")
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:  # on white, as a page shows it
             image = image.convert("RGBA")
@@ -680,7 +678,7 @@ def read_dataset(name: str, files: dict, only, size: int | None, mode: str) -> D
     """files: {folder: {class: files}} to train on, to test on; only: the classes to use, or all;
     size, mode: as in `read_image`. Raises UserError."""
     train, test = files.values()
-    classes = sorted({*(only or [*train, *filter(test.get, test)])})
+    classes = sorted(set(only or [*train, *filter(test.get, test)]))
     for folder, part in files.items():
         lacking = [c for c in classes if not part.get(c)]
         if lacking:
@@ -696,7 +694,7 @@ def read_dataset(name: str, files: dict, only, size: int | None, mode: str) -> D
             labels += [k] * len(part[c])
     arrays = []
     unreadable = []
-    for path in progress(paths, desc=f"reading {name}"):  # threads are slower at small files
+    for path in progress(paths, f"reading {name}"):  # threads are slower at small files
         try:
             arrays.append(read_image(path, size, mode))
         except UserError:
@@ -738,7 +736,7 @@ def make_shapes(train: int = 200, test: int = 50, seed: int = 0) -> Dataset:
 
     images = []  # (train + test, 3, 32, 32) of each class
     for figure in SHAPES.values():
-        x = grid[None, :] - draw(-0.3, 0.3)  # (train + test, 1, 1, 32)
+        x = grid - draw(-0.3, 0.3)  # (train + test, 1, 1, 32)
         y = grid[:, None] - draw(-0.3, 0.3)  # (train + test, 1, 32, 1)
         tilt = draw(-0.3, 0.3)
         scale = draw(0.4, 0.8)
@@ -746,7 +744,7 @@ def make_shapes(train: int = 200, test: int = 50, seed: int = 0) -> Dataset:
         v = (np.sin(tilt) * x + np.cos(tilt) * y) / scale
         inside = (figure(u, v) * scale * 32 / 2 + 0.5).clip(0, 1)  # with soft edges
         image = draw(0, 0.5, 3) + inside * draw(0.2, 0.5, 3)
-        image = image * (1 + draw(-0.3, 0.3) * x + draw(-0.3, 0.3) * y)
+        image *= 1 + draw(-0.3, 0.3) * x + draw(-0.3, 0.3) * y
         image += rng.normal(0, 0.15, image.shape)
         images.append(torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)))
     x, test_x = torch.stack(images).split([train, test], 1)  # (10, train, 3, 32, 32), ...
@@ -786,7 +784,7 @@ def load(path: Path, settings: dict, hint: str, device="cpu", teacher: bool = Fa
         with zipfile.ZipFile(path) as records:  # torch.load does not look at their CRCs
             if records.testzip():
                 raise ValueError("wrong CRC")
-        content = torch.load(path, map_location=device, mmap=teacher, weights_only=True)
+        content = torch.load(path, device, mmap=teacher, weights_only=True)
         if content.get("format") != FORMAT:
             raise ValueError("of another version")
         check(content, teacher)
@@ -796,12 +794,15 @@ def load(path: Path, settings: dict, hint: str, device="cpu", teacher: bool = Fa
     except Exception as error:  # torch raises half a dozen types for a damaged file
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path} is damaged or not iadd.py's ({why}); {hint}") from None
-    wrong = {name: x for name, x in settings.items() if found.get(name) != x}
+    wrong = {
+        name: f"{name} {found.get(name)!s:.50}, not {x!s:.50}"
+        for name, x in settings.items()
+        if found.get(name) != x
+    }
     if "fingerprint" in wrong:
         raise UserError(f"{path} is of other images: delete its folder, or --runs DIR keeps both")
     if wrong:
-        pairs = (f"{name} {found.get(name)!s:.50}, not {x!s:.50}" for name, x in wrong.items())
-        raise UserError(f"{path} has {few(pairs)}; {hint}")
+        raise UserError(f"{path} has {few(wrong.values())}; {hint}")
     return content
 
 
@@ -1005,19 +1006,23 @@ def prepare(args) -> tuple[Dataset, dict, Path]:
 def command_teachers(args) -> None:
     """Train teachers on the real data and keep their parameters at each epoch (Section 3.1)."""
     data, settings, folder = prepare(args)
-    settings |= {"lr_teacher": args.lr_teacher, "batch_real": args.batch_real}
-    settings |= {"seed": args.seed, "precision": args.precision}
+    settings |= {
+        "lr_teacher": args.lr_teacher,
+        "batch_real": args.batch_real,
+        "seed": args.seed,
+        "precision": args.precision,
+    }
     shown = {**settings, "classes": len(data.classes)}
     print(f"settings: {shown}, {args.epochs} epochs; {args.machine}")
-    paths = [folder / f"teachers/{k:03d}.pt" for k in range(args.teachers)]
-    mine = paths[args.rank :: args.ranks]  # of this process
+    mine = range(args.rank, args.teachers, args.ranks)  # teachers of this process
+    paths = [folder / f"teachers/{k:03d}.pt" for k in mine]
     hint = "delete it, or --runs DIR chooses another folder"
     with one_writer(folder / "teachers", args):
-        found = {path: [] for path in mine}
-        for path in filter(Path.exists, mine):
+        found = {path: [] for path in paths}
+        for path in filter(Path.exists, paths):
             found[path] += load(path, settings, hint, teacher=True)["thetas"]
-        todo = [path for path in mine if len(found[path]) <= args.epochs]
-        print(f"{folder}/teachers: {len(mine) - len(todo)} of {len(mine)} are complete")
+        todo = [path for path in paths if len(found[path]) <= args.epochs]
+        print(f"{folder}/teachers: {len(paths) - len(todo)} of {len(paths)} are complete")
         if not todo:
             return
         normalise = Normalisation.fit(data.train[0], settings["zca"], args.device)
@@ -1028,11 +1033,10 @@ def command_teachers(args) -> None:
         for path in todo:
             seed = (args.seed, "teacher", int(path.stem))
             seed_all(*seed)
-            first = flat_parameters(new_network("convnet", data, args)).cpu()
-            thetas = found[path] or [first]
+            thetas = found[path] or [flat_parameters(new_network("convnet", data, args)).cpu()]
             saved = time.time()
             epochs = range(len(thetas) - 1, args.epochs)
-            for epoch in progress(epochs, desc=f"teacher {path.stem}", unit="epoch", leave=False):
+            for epoch in progress(epochs, f"teacher {path.stem}", unit="epoch", leave=False):
                 seed_all(*seed, "epoch", epoch)
                 theta = train_teacher(ell, thetas[-1], images, args.lr_teacher, args.batch_real)
                 if not theta.isfinite().all():
@@ -1060,8 +1064,6 @@ def load_teachers(args, folder: Path, shared: dict) -> list[Tensor]:
 
 def command_distill(args) -> None:
     """Distil a dataset into a few images per class (Algorithm 1)."""
-    if args.ranks > args.S:
-        raise UserError(f"{args.ranks} processes need --segments {args.ranks} or more to share out")
     data, settings, folder = prepare(args)
     out = folder / args.name
     teachers = load_teachers(args, folder / "teachers", settings)
@@ -1080,7 +1082,7 @@ def command_distill(args) -> None:
         log = result["log"]
         losses = []
         saved = time.time()
-        with progress(total=args.iterations, initial=d.t, unit="it") as bar:
+        with progress(total=args.iterations, initial=d.t) as bar:
             while d.t < args.iterations:  # Algorithm 1, lines 3 and 15
                 losses.append(iteration(d, student, teachers, m, mine))  # lines 4-14
                 bar.update()
@@ -1115,8 +1117,8 @@ def begin(args, data: Dataset, m: Matching, settings: dict, path: Path):
         hint = "--teachers N takes the first N, --name NAME keeps both, or delete its folder"
         result = load(path, settings, hint, args.device)
         d = Distillation(result["images"], result["labels"], settings["P"], m)
-        for name in ("alpha", "W"):
-            getattr(d, name).data.copy_(result[name])
+        d.alpha.data = result["alpha"]
+        d.W.data = result["W"]
         d.optimizer.load_state_dict(result["optimizer"])
         d.t = result["iteration"]
         return d, result
@@ -1124,8 +1126,14 @@ def begin(args, data: Dataset, m: Matching, settings: dict, path: Path):
     normalise = Normalisation.fit(data.train[0], settings["zca"], args.device)
     images, labels = real_images(data, normalise, args.ipc)  # Algorithm 1, line 1
     d = Distillation(images, labels, settings["P"], m)
-    result = {"settings": settings, "machine": args.machine, "log": []}
-    result |= {"mean": normalise.mean, "scale": normalise.scale, **state_of(d)}
+    result = {
+        "settings": settings,
+        "machine": args.machine,
+        "log": [],
+        "mean": normalise.mean,
+        "scale": normalise.scale,
+        **state_of(d),
+    }
     if args.rank == 0:
         draw(images, normalise, args.ipc, path.parent / "images_00000.png")
         save(result, path)
@@ -1134,8 +1142,9 @@ def begin(args, data: Dataset, m: Matching, settings: dict, path: Path):
 
 def state_of(d: Distillation) -> dict:
     """All that changes from one iteration to the next."""
-    tensors = ("images", "labels", "alpha", "W", "mismatch")
-    state = {name: getattr(d, name).detach() for name in tensors}
+    state = {
+        name: getattr(d, name).detach() for name in ("images", "labels", "alpha", "W", "mismatch")
+    }
     return {**state, "iteration": d.t, "optimizer": d.optimizer.state_dict()}
 
 
@@ -1147,8 +1156,10 @@ def log_row(d: Distillation, losses: list[Tensor]) -> list[float]:
     loss = float(sum(losses) / len(losses))
     finite = all(x.isfinite().all() for x in (losses[-1], d.alpha, d.images, d.W))
     if not finite or d.alpha <= 0:
-        what = f"diverged by iteration {d.t} (loss {loss:.4g}, alpha {d.alpha:.4g})"
-        raise UserError(f"{what}: lower the learning rates; the state last saved is kept")
+        raise UserError(
+            f"diverged by iteration {d.t} (loss {loss:.4g}, alpha {d.alpha:.4g}): "
+            "lower the learning rates; the state last saved is kept"
+        )
     W = d.W.detach().sort().values  # quantile() of torch 2.6 does not take those of width 1024
     spread = W[[0, len(W) // 100, len(W) // 2]].tolist()
     return [d.t, time.time(), loss, d.alpha.item(), *spread, W.mean().item()]
@@ -1158,8 +1169,7 @@ def draw(images: Tensor, normalise: Normalisation, ipc: int, path: Path) -> None
     """The images as a person sees them, `ipc` in a row (Fig. 4, 5, 8)."""
     pixels = normalise.inverse(images).clamp(0, 1)
     pixels = F.interpolate(pixels, scale_factor=math.ceil(96 / pixels.shape[-1]))
-    nrow = ipc if ipc > 1 else 10
-    torchvision.utils.save_image(pixels, path, nrow=nrow, padding=4, pad_value=1)
+    torchvision.utils.save_image(pixels, path, nrow=ipc if ipc > 1 else 10, padding=4, pad_value=1)
 
 
 @torch.no_grad()
@@ -1184,7 +1194,7 @@ def command_eval(args) -> None:
     if "herding" in args.on:
         teacher = load(folder / "teachers/000.pt", shared, "train it first", teacher=True)
         net = new_network("convnet", data, args)
-    about = {"ipc": args.ipc, "iteration": None, "lr": args.lr_teacher}
+    ipc = args.ipc
     if "distilled" in args.on:
         path = args.distilled or folder / args.name / "distilled.pt"
         wanted = shared
@@ -1192,15 +1202,15 @@ def command_eval(args) -> None:
             wanted = {name: shared[name] for name in ("classes", "shape", "zca")}
         result = load(path, wanted, "distill makes it, with the same options", args.device)
         normalise = Normalisation(result["mean"], result["scale"])
-        about["ipc"] = result["settings"]["ipc"]  # --name does not tell it
-        check_ipc(about["ipc"], data)
+        ipc = result["settings"]["ipc"]  # --name does not tell it
+        check_ipc(ipc, data)
         print(f"{path}, iteration {result['iteration']}")
     else:
         normalise = Normalisation.fit(data.train[0], shared["zca"], args.device)
-    print(f"IPC {about['ipc']}: test accuracy after the last epoch, mean ± std")
+    print(f"IPC {ipc}: test accuracy after the last epoch, mean ± std")
     print("trained on  network         accuracy  networks  epochs        lr  seconds")
     for on in args.on:
-        row = {"on": on, **about}
+        row = {"on": on, "ipc": ipc, "iteration": None, "lr": args.lr_teacher}
         if on == "distilled":
             images = ImageSet(result["images"], result["labels"])
             row |= {"iteration": result["iteration"], "lr": result["alpha"].item()}
@@ -1209,8 +1219,8 @@ def command_eval(args) -> None:
         else:
             choose = None
             if on == "herding":
-                choose = functools.partial(herding, net, teacher["thetas"][-1], row["ipc"])
-            images = ImageSet(*real_images(data, normalise, row["ipc"], choose))
+                choose = functools.partial(herding, net, teacher["thetas"][-1], ipc)
+            images = ImageSet(*real_images(data, normalise, ipc, choose))
         for arch in args.arch:
             evaluate(args, data, normalise, images, {**row, "arch": arch}, folder / args.name)
 
@@ -1219,9 +1229,8 @@ def evaluate(args, data: Dataset, normalise: Normalisation, images: ImageSet, ro
     """Trains new networks on the images (on "random": others for each) and tests them. row: on,
     arch, ipc, iteration, lr; with what they come to it is printed and added to results.jsonl."""
     start = time.time()
-    if args.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        open(out / "results.jsonl", "a").close()  # it can be written to
+    out.mkdir(parents=True, exist_ok=True)
+    open(out / "results.jsonl", "a").close()  # it can be written to
     on = row["on"]
     arch = row["arch"]
     lr = args.lr or row["lr"]
@@ -1233,7 +1242,7 @@ def evaluate(args, data: Dataset, normalise: Normalisation, images: ImageSet, ro
     n = len(data.classes)
     matrices = torch.zeros(args.nets, n, n, dtype=torch.int64)
     mine = range(args.rank, args.nets, args.ranks)
-    for k in progress(mine, desc=f"{arch} on {on}", unit="network", leave=False):
+    for k in progress(mine, f"{arch} on {on}", unit="network", leave=False):
         seed_all(args.seed, "eval", on, arch, k)
         theta = flat_parameters(new_network(arch, data, args))
         if on == "random":
@@ -1247,14 +1256,25 @@ def evaluate(args, data: Dataset, normalise: Normalisation, images: ImageSet, ro
     mean = np.mean(scores)
     std = np.std(scores, ddof=1) if len(scores) > 1 else 0.0
     seconds = time.time() - start
-    row = {**row, "lr": lr, "epochs": epochs, "seed": args.seed, "precision": args.precision}
-    row |= {"mean": mean, "std": std, "accuracies": scores, "seconds": seconds}
-    row["confusion"] = matrices.sum(0).tolist()
+    row = {
+        **row,
+        "lr": lr,
+        "epochs": epochs,
+        "seed": args.seed,
+        "precision": args.precision,
+        "mean": mean,
+        "std": std,
+        "accuracies": scores,
+        "seconds": seconds,
+        "confusion": matrices.sum(0).tolist(),
+    }
     if args.rank == 0:
         with open(out / "results.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-    line = f"{on:<12}{arch:<10}{f'{mean:.1f} ± {std:.1f} %':>14}{args.nets:>10}{epochs:>8}"
-    tqdm.write(f"{line}{lr:>10.5f}{seconds:>9.0f}")
+    tqdm.write(
+        f"{on:<12}{arch:<10}{f'{mean:.1f} ± {std:.1f} %':>14}"
+        f"{args.nets:>10}{epochs:>8}{lr:>10.5f}{seconds:>9.0f}"
+    )
 
 
 def command_plot(args) -> None:
@@ -1265,12 +1285,13 @@ def command_plot(args) -> None:
     log = dict(zip(LOG, np.array(result["log"]).reshape(-1, len(LOG)).T))
     figure = Figure((18, 8), layout="constrained")
     (loss, alpha, weights), (accuracy, mismatch, final) = figure.subplots(2, 3)
-    loss.plot(log["iteration"], log["loss"])
+    t = log["iteration"]
+    loss.plot(t, log["loss"])
     loss.set_title("loss by iteration")
-    alpha.plot(log["iteration"], log["alpha"])
+    alpha.plot(t, log["alpha"])
     alpha.set_title("alpha by iteration")
-    for name in ("W_min", "W_1pct", "W_median", "W_mean"):
-        weights.plot(log["iteration"], 1 - log[name], label=name)
+    for name in LOG[4:]:  # of W
+        weights.plot(t, 1 - log[name], label=name)
     weights.set_title("1 - W by iteration")
     weights.legend()
     tests = args.folder / "results.jsonl"
@@ -1283,7 +1304,7 @@ def command_plot(args) -> None:
     final.plot(1 - result["W"], linewidth=0.3)  # Fig. 6, 7
     final.set_title("1 - W by parameter")
     figure.savefig(args.folder / "plot.png", dpi=130)
-    pictures = [Image.open(path) for path in sorted(args.folder.glob("images_*.png"))]
+    pictures = map(Image.open, sorted(args.folder.glob("images_*.png")))
     small = [x.reduce(math.ceil(max(x.size) / 1100)).quantize(128) for x in pictures]
     path = args.folder / "evolution.gif"
     if small:
@@ -1310,29 +1331,32 @@ def make_parser() -> argparse.ArgumentParser:
     switch = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands = {}
     for function in (command_teachers, command_distill, command_eval, command_plot):
         name = function.__name__.removeprefix("command_")
-        text = f"{function.__doc__} (In brackets: defaults)"
-        options = {"description": text, "epilog": PRESETS, "formatter_class": form}
-        commands[name] = subparsers.add_parser(name, help=function.__doc__, **options)
-        commands[name].set_defaults(function=function, rank=0, ranks=1)
+        command = subparsers.add_parser(
+            name,
+            help=function.__doc__,
+            description=f"{function.__doc__} (In brackets: defaults)",
+            epilog=PRESETS,
+            formatter_class=form,
+        )
+        command.set_defaults(function=function, rank=0, ranks=1)
 
-    def add(names, *flags, **options):
+    def add(names, flag, text, **options):
         for name in names.split():
-            commands[name].add_argument(*flags, **options)
+            subparsers.choices[name].add_argument(flag, help=text, **options)
 
     data = "teachers distill eval"
-    add(data, "--dataset", help="below; or a folder {train,test}/*/* (cifar10)")
-    add(data, "--data-dir", type=Path, default="data", help="folder of data and downloads (data)")
-    add(data, "--runs", type=Path, default="runs", help="folder of all that is written (runs)")
-    add(data, "--classes", nargs="+", default=[], help="those to use, of image files (all)")
+    add(data, "--dataset", "below; or a folder {train,test}/*/* (cifar10)")
+    add(data, "--data-dir", "folder of data and downloads (data)", type=Path, default="data")
+    add(data, "--runs", "folder of all that is written (runs)", type=Path, default="runs")
+    add(data, "--classes", "those to use, of image files (all)", nargs="+", default=[])
     text = "whiten by ZCA, or normalise each channel (preset; folders: ZCA up to 32 pixels a side)"
-    add(data, "--zca", dest="whiten", action=switch, help=text)
-    add(data, "--seed", type=int, default=0, help="of everything random (0)")
-    add(data, "--compile", action=switch, help="torch.compile (if the run is long)")
-    add(data, "--precision", choices=["float32", "bf16"], help="(bf16 if the device has it)")
-    add(data, "--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
+    add(data, "--zca", text, dest="whiten", action=switch)
+    add(data, "--seed", "of everything random (0)", type=int, default=0)
+    add(data, "--compile", "torch.compile (if the run is long)", action=switch)
+    add(data, "--precision", "(bf16 if the device has it)", choices=["float32", "bf16"])
+    add(data, "--device", "cpu, cuda, cuda:1, ... (cuda where there is one)")
     whole = between(1, 10**6, int)
     rate = between(0, 1e30)
     above_zero = between(1e-12, 1e30)
@@ -1345,7 +1369,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("teachers", "--lr-teacher", above_zero, "learning rate, plain SGD (preset, .01)"),
         ("teachers", "--batch-real", whole, "images a step (preset, 256)"),
         ("distill", "--iterations", whole, "T (preset, 5000 in the paper)"),
-        ("distill", "--batch", whole, "distilled images a step (preset, mostly all)"),
+        ("distill", "--batch", whole, "distilled images a step (preset, 0: all)"),
         ("distill", "--lr-img", rate, "learning rate of the images (preset)"),
         ("distill", "--lr-alpha", rate, "learning rate of alpha (preset)"),
         ("distill", "--alpha", above_zero, "alpha_0, its first value (preset)"),
@@ -1353,27 +1377,26 @@ def make_parser() -> argparse.ArgumentParser:
         ("distill eval", "--eval-epochs", whole, "of each network (1000; on full the preset's 50)"),
         ("distill eval", "--lr", above_zero, "of networks (alpha; on real images the teachers')"),
     ]:
-        add(names, flag, type=kind, help=text)
+        add(names, flag, text, type=kind)
     for flag, letter, text in [
         ("--steps", "J", "J, student steps an iteration (preset)"),
         ("--expert-epochs", "K", "K, teacher epochs to the target (preset)"),
         ("--max-start-epoch", "max_start", "I+, starts are below it (preset)"),
         ("--teachers", "first", "use the first so many (all)"),
     ]:
-        add("distill", flag, dest=letter, type=whole, help=text)
-    add("distill", "--segments", dest="S", type=whole, default=1, help="S, starts averaged (1)")
-    add("distill", "--lr-w", type=rate, default=1e-4, help="learning rate of W (1e-4, Section 4.1)")
-    add("distill", "--epsilon", type=between(0, 1), default=0.1, help="ddpp: share dropped (0.1)")
-    add("distill eval", "--nets", type=whole, default=5, help="networks to train (5)")
-    methods = ["iadd", "mtt", "ddpp"]
-    add("distill eval", "--method", choices=methods, default="iadd", help="(iadd)")
-    name = "of a result's folder (ipc<IPC>_<method>_seed<seed>; eval: seed0)"
-    add("distill eval", "--name", help=name)
+        add("distill", flag, text, dest=letter, type=whole)
+    add("distill", "--segments", "S, starts averaged (1)", dest="S", type=whole, default=1)
+    add("distill", "--lr-w", "learning rate of W (1e-4, Section 4.1)", type=rate, default=1e-4)
+    add("distill", "--epsilon", "ddpp: share dropped (0.1)", type=between(0, 1), default=0.1)
+    add("distill eval", "--nets", "networks to train (5)", type=whole, default=5)
+    add("distill eval", "--method", "(iadd)", choices=["iadd", "mtt", "ddpp"], default="iadd")
+    text = "of a result's folder (ipc<IPC>_<method>_seed<seed>; eval: seed0)"
+    add("distill eval", "--name", text)
     sets = ["distilled", "random", "herding", "full"]
-    add("eval", "--on", nargs="+", choices=sets, default=["distilled"], help="(distilled)")
-    add("eval", "--arch", nargs="+", choices=ARCHITECTURES, default=["convnet"], help="(convnet)")
-    add("eval", "--distilled", type=Path, metavar="FILE", help="from elsewhere (in --runs)")
-    add("plot", "folder", type=Path, help="of a result, with distilled.pt")
+    add("eval", "--on", "(distilled)", nargs="+", choices=sets, default=["distilled"])
+    add("eval", "--arch", "(convnet)", nargs="+", choices=ARCHITECTURES, default=["convnet"])
+    add("eval", "--distilled", "from elsewhere (in --runs)", type=Path, metavar="FILE")
+    add("plot", "folder", "of a result, with distilled.pt", type=Path)
     return parser
 
 
@@ -1384,6 +1407,8 @@ def complete(args) -> None:
     if launched:
         args.rank = int(os.environ["RANK"])
         args.ranks = int(os.environ["WORLD_SIZE"])
+    if args.command == "distill" and args.ranks > args.S:
+        raise UserError(f"{args.ranks} processes need --segments {args.ranks} or more to share out")
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None:
@@ -1407,7 +1432,7 @@ def complete(args) -> None:
         args.precision = "bf16" if native else "float32"
     if args.command == "eval" and args.distilled:
         args.name = args.name or args.distilled.stem
-        if args.dataset is None:
+        if not args.dataset:
             args.dataset = load(args.distilled, {}, "a result is needed")["settings"]["dataset"]
     if args.dataset is None:
         args.dataset = "cifar10"

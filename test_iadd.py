@@ -678,7 +678,7 @@ def test_presets():
     row = iadd.preset("cifar10", 1)
     assert (row["J"], row["K"], row["max_start"]) == (50, 2, 2)
     assert (row["lr_img"], row["lr_alpha"], row["alpha"]) == (100, 1e-7, 0.01)
-    assert row["batch"] is None and row["zca"] is True
+    assert row["batch"] == 0 and row["zca"] is True
     assert iadd.preset("cifar10", 50)["zca"] is False
     assert iadd.preset("cifar100", 50)["batch"] == 125
     assert iadd.preset("cifar10", 20) == iadd.preset("cifar10", 10) != iadd.preset("cifar10", 9)
