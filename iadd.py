@@ -1432,7 +1432,7 @@ def complete(args) -> None:
         args.precision = "bf16" if native else "float32"
     if args.command == "eval" and args.distilled:
         args.name = args.name or args.distilled.stem
-        if not args.dataset:
+        if args.dataset is None:
             args.dataset = load(args.distilled, {}, "a result is needed")["settings"]["dataset"]
     if args.dataset is None:
         args.dataset = "cifar10"
