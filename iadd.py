@@ -470,6 +470,7 @@ class Normalisation:
 def real_images(data: "Dataset", normalise: Normalisation, ipc: int, choose=None):
     """`ipc` training images of each class, normalised, class after class, and their labels: random
     ones (Algorithm 1, line 1), or those whose indices `choose` returns for a class's images."""
+    check_ipc(ipc, data)
     images, labels = data.train
     chosen = []
     for c in range(len(data.classes)):
