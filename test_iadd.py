@@ -27,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.axes
 import numpy as np
 import pytest
 import torch
@@ -106,14 +107,10 @@ def loss_after(student, leaves, rest):
     return iadd.iadd_loss(student(theta, alpha, x, y), start, target, W)
 
 
-def gradients(student, leaves, rest):
-    return torch.autograd.grad(loss_after(student, leaves, rest), leaves)
-
-
 def test_gradients_equal_those_of_the_plain_unroll():
     net, leaves, rest = tiny_problem()
-    ours = gradients(student_of(net), leaves, rest)
-    for a, b in zip(ours, gradients(unrolled(net), leaves, rest)):
+    losses = [loss_after(student, leaves, rest) for student in (student_of(net), unrolled(net))]
+    for a, b in zip(*(torch.autograd.grad(loss, leaves) for loss in losses)):
         assert b.abs().max() > 1e-6  # the comparison is of something
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
@@ -493,24 +490,18 @@ def test_normalisation_inverts_and_is_fitted_on_training_images_alone(zca):
     assert z.mean() > 0.3  # brighter than the training images: no centring of its own
 
 
-def test_channel_normalisation():
-    images = correlated_images()
-    z = Normalisation.fit(images, zca=False)(images)
-    assert z.mean((0, 2, 3)).abs().max() < 1e-4
-    assert torch.allclose(z.std((0, 2, 3)), torch.ones(3), atol=1e-4)
-    constant = torch.zeros(4, 1, 4, 4, dtype=torch.uint8)
-    assert Normalisation.fit(constant, zca=False)(constant).isfinite().all()
-
-
 def test_channels_are_normalised_with_each_mini_batch():
-    """Images stay uint8, and what is read is the same bits as if they did not."""
+    """Images stay uint8, and what is read is as if they did not."""
     images, y = correlated_images(40), torch.arange(40) % 3
     normalise = Normalisation.fit(images, zca=False)
     as_bytes = normalise.image_set(images, y)
     assert as_bytes.x.dtype == torch.uint8
-    index = torch.tensor([[3, 1], [0, 39]])
-    x, labels = as_bytes[index]
-    assert torch.equal(x, normalise(images)[index]) and torch.equal(labels, y[index])
+    z, labels = as_bytes[:]
+    assert torch.equal(z, normalise(images)) and torch.equal(labels, y)
+    assert z.mean((0, 2, 3)).abs().max() < 1e-4
+    assert torch.allclose(z.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-4)
+    constant = 0 * images
+    assert Normalisation.fit(constant, zca=False)(constant).isfinite().all()
 
 
 def test_real_images_are_of_their_class_and_distinct():
@@ -562,6 +553,7 @@ def test_defaults_are_the_papers():
     assert (s.zca, s.seed, s.width) == (True, 0, 128)
     s = completed("distill --ipc 50 --steps 7")  # default < preset < what is typed
     assert (s.J, s.lr_img, s.zca) == (7, 1000, False)
+    assert completed("distill --lr-alpha 0").lr_alpha == 0
     s = completed("eval --arch vgg11")
     assert (s.arch, s.nets, s.on) == (["vgg11"], 5, ["distilled"])
 
@@ -586,6 +578,16 @@ def make_images(folder, n=3, level=100, size=16, name=""):
         Image.fromarray(pixels).save(folder / f"{name}{k}.png")
 
 
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def names_of(files):
+    return [{c: [path.name for path in part[c]] for c in part} for part in files.values()]
+
+
 def make_pets(root, classes=("cat", "dog", "emu"), train=12, test=3, size=16):
     """{train,test}/<class>/<k>.png; classes differ in brightness."""
     for c, name in enumerate(classes):
@@ -595,37 +597,36 @@ def make_pets(root, classes=("cat", "dog", "emu"), train=12, test=3, size=16):
 
 
 def test_shapes_are_seeded():
-    a, b, c = (iadd.make_shapes(5, 2, seed) for seed in (0, 0, 1))
-    assert torch.equal(a.train[0], b.train[0]) and not torch.equal(a.train[0], c.train[0])
-    assert a.shape == (3, 32, 32) and a.train[1].bincount().tolist() == [5] * 10
+    a, b = (iadd.make_shapes(5, 2, seed).train for seed in (0, 0))
+    assert torch.equal(a[0], b[0]) and a[0].shape == (50, 3, 32, 32)
+    assert not torch.equal(a[0], iadd.make_shapes(5, 2, 1).train[0])
 
 
 def test_a_folder(tmp_path, capsys):
     """In a class's folder everything that Pillow reads is read, and the rest is named."""
     root = make_pets(tmp_path / "pets")
     Image.new("RGB", (16, 16), (255, 0, 0)).save(root / "train/cat/x.gif")
-    for name in (".DS_Store", "a.txt", "b.txt", "x.heic"):
-        (root / "train/cat" / name).touch()
+    touch(*(root / "train/cat" / name for name in (".DS_Store", "a.txt", "b.txt", "x.heic")))
     data = iadd.load_dataset(str(root), tmp_path)
+    x, y = data.train
     assert data.name == "pets" and data.classes == ["cat", "dog", "emu"]
-    assert data.train[1].bincount().tolist() == [13, 12, 12]
+    assert y.tolist() == [0] * 13 + [1] * 12 + [2] * 12 and x[12, :, 0, 0].tolist() == [255, 0, 0]
+    assert (x[13:].float().mean((1, 2, 3)) // 50).tolist() == [1] * 12 + [2] * 12
     assert data.test[1].tolist() == [0] * 3 + [1] * 3 + [2] * 3
-    assert data.train[0][12, :, 0, 0].tolist() == [255, 0, 0]
-    assert (data.train[0].float().mean((1, 2, 3))[13:] // 50).tolist() == [1] * 12 + [2] * 12
     said = capsys.readouterr().out
     assert f"not read in {root}/train: 3, such as cat/b.txt, cat/x.heic" in said
     part = iadd.load_dataset(str(root), tmp_path, 8, ["emu", "cat", "emu"])
     assert part.shape == (3, 8, 8) and part.classes == ["cat", "emu"]
     (root / "test").rename(root / "val")
-    make_images(root / "test")  # as ImageNet has it: test images without labels
+    touch(root / "test/1.png")  # as ImageNet has it: test images without labels
     assert len(iadd.load_dataset(str(root), tmp_path).test[0]) == 9
 
 
 RED, BLUE, WHITE = [255, 0, 0], [0, 0, 255], [255, 255, 255]
 
 
-def test_unusual_images_are_read_rightly_or_refused(tmp_path):
-    """A palette, one bit, EXIF, CMYK; what is transparent is white; too deep, truncated."""
+def test_unusual_images_are_read_rightly(tmp_path):
+    """A palette, one bit, EXIF, CMYK; what is transparent is white."""
     red, blue, white = [255, 0, 0], [0, 0, 255], [255, 255, 255]
     image = Image.new("RGB", (2, 2), (255, 0, 0))
     image.paste((0, 0, 255), (1, 0, 2, 2))
@@ -645,75 +646,45 @@ def test_unusual_images_are_read_rightly_or_refused(tmp_path):
         made.save(path, exif=exif)
         assert np.moveaxis(iadd.read_image(path, None, "RGB"), 0, 2).tolist() == expected
     assert iadd.read_image(path, None, "L").tolist() == [[[255]]]
-    Image.fromarray(np.full((8, 8), 999, np.uint16)).save(path)
-    with pytest.raises(ValueError, match="8-bit images are needed"):
-        iadd.read_image(path, None, "RGB")
-    make_images(tmp_path, 1)
-    os.truncate(tmp_path / "0.png", 100)
-    with pytest.raises(OSError):
-        iadd.read_image(tmp_path / "0.png", None, "RGB")
 
 
 def test_tiny_imagenet(tmp_path):
     """As it is published, and as its users have it: with validation images sorted into folders."""
-    val = tmp_path / "val"
-    listed = ""
-    for c, wnid in enumerate(("n01", "n02", "n03")):
-        make_images(tmp_path / "train" / wnid / "images", 4, 50 * c, 64)
-        (tmp_path / "train" / wnid / f"{wnid}_boxes.txt").touch()
-        make_images(val / "images", c + 1, 50 * c, 64, wnid)
-        listed += "".join(f"{wnid}{k}.png\t{wnid}\t0\t0\t9\t9\n" for k in range(c + 1))
-    (val / "val_annotations.txt").write_text(listed + "\n")
-
-    def check(*only):
-        data = iadd.load_dataset("tinyimagenet", tmp_path, None, only)
-        for images, labels in (data.train, data.test):
-            assert torch.equal(images.float().mean((1, 2, 3)) // 50, labels.float())
-        return data.shape, data.train[1].bincount().tolist(), data.test[1].bincount().tolist()
-
-    published = check()
-    assert published == ((3, 64, 64), [4, 4, 4], [1, 2, 3])
-    assert check("n02", "n01") == ((3, 64, 64), [4, 4], [1, 2])
-    for path in (val / "images").iterdir():
-        (val / path.name[:3]).mkdir(exist_ok=True)
-        path.rename(val / path.name[:3] / path.name)
-    (val / "val_annotations.txt").unlink()
-    assert check() == published
+    train, val = tmp_path / "train", tmp_path / "val"
+    for wnid in ("n01", "n02"):
+        touch(train / wnid / "images/0.JPEG", train / wnid / f"{wnid}_boxes.txt")
+        touch(val / f"images/{wnid}.JPEG")
+    listed = val / "val_annotations.txt"
+    listed.write_text("n02.JPEG\tn02\t0\t0\t9\t9\nn01.JPEG\tn01\t0\t0\t9\t9\n\n")
+    of_train = {"n01": ["0.JPEG"], "n02": ["0.JPEG"]}
+    expected = [of_train, {"n01": ["n01.JPEG"], "n02": ["n02.JPEG"]}]
+    assert names_of(iadd.list_tiny_imagenet(tmp_path)) == expected
+    listed.unlink()
+    for wnid in ("n01", "n02"):
+        (val / wnid).mkdir()
+        (val / f"images/{wnid}.JPEG").rename(val / f"{wnid}/{wnid}.JPEG")
+    (val / "images").rmdir()
+    assert names_of(iadd.list_tiny_imagenet(tmp_path)) == expected
 
 
 @pytest.mark.parametrize("layout", ["images", "."])
 def test_covid(tmp_path, layout, monkeypatch):
     """Masks are no X-rays. The split is 8:2 in each class, and the same wherever they lie."""
-    counts = {"COVID": 20, "Lung_Opacity": 13, "Normal": 30, "Viral Pneumonia": 7}
+    counts = {"COVID": 3616, "Lung_Opacity": 6012, "Normal": 10192, "Viral Pneumonia": 1345}
     for name, n in counts.items():
-        make_images(tmp_path / "a" / name / layout, n, 100)
-        make_images(tmp_path / "a" / name / "masks", n, 200)
-        (tmp_path / "a" / f"{name}.metadata.xlsx").touch()
-    data = iadd.load_dataset("covid", tmp_path / "a")
-    assert data.shape == (1, 112, 112) and data.classes == list(counts)
-    assert data.train[1].bincount().tolist() == [16, 10, 24, 6]
-    assert data.test[1].bincount().tolist() == [4, 3, 6, 1] and data.train[0].max() < 150
-
-    def split():
-        parts = iadd.list_covid(next(tmp_path.iterdir())).values()
-        return [[path.stem for path in part["Normal"]] for part in parts]
-
-    train, test = split()
-    assert not set(test) & set(train) and set(test) != {str(k) for k in range(24, 30)}
+        touch(tmp_path / "a" / name / "masks/0.png", tmp_path / "a" / f"{name}.metadata.xlsx")
+        touch(*(tmp_path / "a" / name / layout / f"{k}.png" for k in range(n)))
+    train, test = names_of(iadd.list_covid(tmp_path / "a"))
+    totals = [sum(map(len, part.values())) for part in (train, test)]
+    assert totals == [16_933, 4_232]  # Section 4.1
+    for c, n in counts.items():
+        assert len({*train[c], *test[c]}) == n
+    numbers = [int(name.split(".")[0]) for name in test["Normal"]]
+    assert abs(np.mean(numbers) - 10192 / 2) < 200  # from everywhere
     (tmp_path / "a").rename(tmp_path / "b")
     glob = Path.glob
     monkeypatch.setattr(Path, "glob", lambda *words: reversed(list(glob(*words))))  # another disk
-    assert split() == [train, test]
-
-
-def test_covid_counts_of_the_paper(tmp_path):
-    counts = {"COVID": 3616, "Lung_Opacity": 6012, "Normal": 10192, "Viral Pneumonia": 1345}
-    for name, n in counts.items():
-        (tmp_path / name / "images").mkdir(parents=True)
-        for k in range(n):
-            (tmp_path / name / "images" / f"{name}-{k}.png").touch()
-    totals = [sum(map(len, part.values())) for part in iadd.list_covid(tmp_path).values()]
-    assert totals == [16_933, 4_232]  # Section 4.1
+    assert names_of(iadd.list_covid(tmp_path / "b")) == [train, test]
 
 
 class FakeCifar:
@@ -742,27 +713,27 @@ def test_cifar(monkeypatch, tmp_path):
 def test_precision_of_every_way(capsys):
     """Of a student's end and the gradients, beside float64. What is compiled, and on a GPU
     recorded, may be 3 times worse than the plain way, and is not taken for the other precision."""
-    net, leaves, (y, start, target) = tiny_problem(J=3, depth=1)
+    net, leaves, (y, *_) = tiny_problem(J=3, depth=1)
 
     def way(student, dtype=torch.float32):
-        theta, alpha, x, W = (leaf.detach().to(dtype).requires_grad_() for leaf in leaves)
-        end = student(theta, alpha, x, y)
-        loss = iadd.iadd_loss(end, start.to(dtype), target.to(dtype), W)
-        return [end.detach() - theta.detach(), *torch.autograd.grad(loss, (theta, alpha, x, W))]
+        theta, alpha, x = (leaf.detach().to(dtype).requires_grad_() for leaf in leaves[:3])
+        moved = student(theta, alpha, x, y) - theta.detach()
+        return [moved, *torch.autograd.grad(moved.square().sum(), (theta, alpha, x))]
 
     exact = way(student_of(net), torch.float64)
     net.float()
-    theta, alpha, x, _ = (leaf.detach().float().requires_grad_() for leaf in leaves)
+    inputs = [leaf.detach().float().requires_grad_() for leaf in leaves[:3]]
     for precision, least, most in (("float32", 1e-9, 1e-4), ("bf16", 1e-3, 0.2)):
         plain = student_of(net, precision)
-        assert iadd.cross_entropy(net, precision)(theta, x[0], y[0]).dtype == torch.float32
-        fast = iadd.accelerated(plain, (theta, alpha, x, y), 1, True)
+        fast = iadd.accelerated(plain, (*inputs, y), 1, True)
         assert fast is not plain or not shutil.which("g++"), capsys.readouterr().err
         worst = []
         for found in (way(plain), way(fast)):
             assert all(t.dtype == torch.float32 for t in found)
             worst.append(max((a - b).norm() / b.norm() for a, b in zip(found, exact)))
         assert least < worst[0] < most and worst[1] < 3 * worst[0]
+        loss = iadd.cross_entropy(net, precision)(inputs[0], inputs[2][0], y[0])
+        assert loss.dtype == torch.float32
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
@@ -879,22 +850,18 @@ def run(tmp_path_factory):
 def test_files_of_a_run(run):
     teachers = sorted((run.folder / "teachers").glob("[!.]*"))
     assert [path.name for path in teachers] == ["000.pt", "001.pt"]
-    assert len(thetas(teachers[0])) == 4  # 3 epochs are read at IPC 1
-    assert not torch.equal(*map(thetas, teachers))
-    content = result(run.out)
+    a, b = map(thetas, teachers)
+    assert len(a) == 4 and not torch.equal(a, b)  # 3 epochs are read at IPC 1
+    content, rows = result(run.out), log_of(run.out)
     assert content["images"].shape == (3, 3, 16, 16) and content["labels"].tolist() == [0, 1, 2]
     assert content["settings"]["classes"] == ["cat", "dog", "emu"] and content["iteration"] == 60
-    rows = log_of(run.out)
-    W = content["W"]
     assert [row["iteration"] for row in rows] == [10, 20, 30, 40, 50, 60]
-    assert rows[-1]["W_min"] == W.min() < 0.999 and rows[-1]["W_mean"] == W.mean()
-    assert rows[-1]["alpha"] == content["alpha"]
+    assert rows[-1]["W_min"] == content["W"].min() < 0.999
+    assert rows[-1]["W_mean"] == content["W"].mean() and rows[-1]["alpha"] == content["alpha"]
     pictures = sorted(run.out.glob("images_*.png"))
     assert [path.name for path in pictures] == [f"images_{t:05d}.png" for t in range(0, 61, 10)]
-    with Image.open(pictures[0]) as grid:  # ZCA is inverted: real images
-        assert grid.size == (3 * 100 + 4, 100 + 4)
-        tile = np.array(grid)[4:100:6, 4:100:6, 0].astype(int)
-    cats = (run.tmp / "pets/train/cat").iterdir()
+    tile = np.array(Image.open(pictures[0]))[4:100:6, 4:100:6, 0].astype(int)
+    cats = (run.tmp / "pets/train/cat").iterdir()  # ZCA is inverted: at first real images
     assert min(np.abs(tile - np.array(Image.open(path))).max() for path in cats) <= 1
 
 
@@ -918,17 +885,18 @@ def test_eval(run, capsys):
 
 
 def test_baselines(run, monkeypatch):
-    """Herding chooses by the first teacher's features, random others for each network."""
+    """Herding chooses by the first teacher's features, random others for each network and seed."""
     used = []
     watch = lambda ell, theta, images, *_: used.append(images.x) or theta  # noqa: E731
     monkeypatch.setattr(iadd, "train_network", watch)  # to see what it would be trained on
     assert command(f"{run.eval} --on herding random full") == 0
-    herded, again, first, second, full, _ = used
-    assert torch.equal(herded, again) and not torch.equal(first, second) and len(full) == 36
+    assert command(f"{run.eval} --on random --seed 5") == 0
+    herded, again, first, second, full, _, third, _ = used
+    assert torch.equal(herded, again) and len(full) == 36
+    assert not torch.equal(first, second) and not torch.equal(first, third)
     net = iadd.convnet((3, 16, 16), 3, 4).to(DEVICE)
-    cats = full[:12]
-    (best,) = iadd.herding(net, thetas(run.folder / "teachers/000.pt")[-1], 1, cats)
-    assert torch.allclose(cats[best], herded[0], atol=1e-5)
+    theta = thetas(run.folder / "teachers/000.pt")[-1]
+    assert torch.allclose(full[iadd.herding(net, theta, 1, full[:12])], herded[:1], atol=1e-5)
 
 
 def test_eval_of_a_file_from_elsewhere(run, tmp_path, monkeypatch):
@@ -957,17 +925,14 @@ def test_the_log_has_mean_losses(run, monkeypatch):
     assert [row["loss"] for row in log_of(run.folder / "means")] == pytest.approx(means)
 
 
-def test_plot(run, monkeypatch, capsys):
+def test_plot(run, monkeypatch):
     """Its film shows the images from the real ones on, its curves are of the log, of W and of the
     last mismatch. (A picture cannot be read back: what reaches matplotlib is looked at.)"""
-    from matplotlib.axes import Axes
-
     drawn = []
-    plain = Axes.plot
+    plain = matplotlib.axes.Axes.plot
     watch = lambda ax, *x, **y: drawn.append(x[-1]) or plain(ax, *x, **y)  # noqa: E731
-    monkeypatch.setattr(Axes, "plot", watch)
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", watch)
     assert command(f"plot {run.out}") == 0
-    assert str(run.out / "plot.png") in capsys.readouterr().out
     content, rows = result(run.out), log_of(run.out)
     *curves, mismatch, W = drawn
     for key, curve in zip(("loss", "alpha", "W_min", "W_1pct", "W_median", "W_mean"), curves):
@@ -985,6 +950,7 @@ def test_plot(run, monkeypatch, capsys):
 def test_covid_from_end_to_end(tmp_path, capsys):
     for k, name in enumerate(("COVID", "Flu", "Normal")):
         make_images(tmp_path / name, 10, 60 * k, 40)
+    assert iadd.load_dataset("covid", tmp_path).shape == (1, 112, 112)
     options = f"--dataset covid --data-dir {tmp_path} --runs {tmp_path}/runs --ipc 2 --width 4"
     options += " --classes COVID Normal --size 32"
     assert command(f"teachers {options} --teachers 1 --epochs 2") == 0
@@ -992,7 +958,6 @@ def test_covid_from_end_to_end(tmp_path, capsys):
     assert command(f"eval {options} --on distilled full --nets 2 --eval-epochs 2") == 0
     said = capsys.readouterr().out
     assert "16 training and 4 test images of COVID, Normal" in said
-    assert "'shape': [1, 32, 32]" in said
     for row in rows_of(tmp_path / "runs/covid-COVID-Normal-32px_std_w4/ipc2_iadd_seed0"):
         assert np.array(row["confusion"]).sum(1).tolist() == [4, 4]
 
@@ -1024,8 +989,13 @@ def identical(a, b):
     return len(a) == len(b) and all(map(same, a, b))
 
 
-def test_10_and_20_and_30_iterations_are_60(run, tmp_path):
-    """In bits, over teachers and evaluations as well; another seed gives others."""
+def test_10_and_20_and_30_iterations_are_60(run, tmp_path, monkeypatch):
+    """In bits, over teachers and evaluations as well, which are of test images; another seed gives
+    others."""
+    tested = []
+    plain = iadd.confusion_matrix
+    watch = lambda net, theta, images: tested.append(len(images)) or plain(net, theta, images)  # noqa: E731
+    monkeypatch.setattr(iadd, "confusion_matrix", watch)  # the numbers do not tell
     folder = tmp_path / run.folder.name
     for epochs in (1, 2, 3):
         assert command(f"{run.teach} --epochs {epochs} --runs {tmp_path}") == 0
@@ -1038,17 +1008,18 @@ def test_10_and_20_and_30_iterations_are_60(run, tmp_path):
     whole, parts = run.out, folder / run.out.name
     assert identical(state_of(whole), state_of(parts)) and log_of(whole) == log_of(parts)
     rows = rows_of(parts)
-    assert [row["iteration"] for row in rows] == [20, 40, 60]
+    assert [row["iteration"] for row in rows] == [20, 40, 60] and set(tested) == {9}
     assert rows[0]["lr"] != rows[2]["lr"] == result(parts)["alpha"]
     assert command(f"{line} --iterations 10 --seed 1") == 0
     assert not same(result(folder / "ipc1_iadd_seed1")["images"], result(parts)["images"])
 
 
-def start(line, change="pass"):
-    """A process with a command; `change` first alters iadd.py in it."""
-    code = "import sys, torch, iadd; torch.set_num_threads(1); "
-    code += f"{change}; sys.exit(iadd.main({line.split()!r}))"
-    return subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stderr=subprocess.PIPE)
+def start(line):
+    """A process with a command that saves often."""
+    code = "import sys, torch, iadd; torch.set_num_threads(1); iadd.CHECKPOINT_SECONDS = 0.05; "
+    code += f"sys.exit(iadd.main({line.split()!r}))"
+    words = [sys.executable, "-c", code]
+    return subprocess.Popen(words, cwd=HERE, stderr=subprocess.PIPE, text=True)
 
 
 def test_six_kills_and_two_interruptions(run, tmp_path):
@@ -1065,17 +1036,17 @@ def test_six_kills_and_two_interruptions(run, tmp_path):
         reached = 0
         for kill in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGKILL):
             before = path.exists() and path.stat().st_mtime_ns
-            killed = f"{line} --runs {tmp_path}/killed {amount} 1000000"
-            child = start(killed, "iadd.CHECKPOINT_SECONDS = 0.05")
+            child = start(f"{line} --runs {tmp_path}/killed {amount} 1000000")
             while not path.exists() or path.stat().st_mtime_ns == before:
                 assert child.poll() is None, child.stderr.read()
                 time.sleep(0.02)
             time.sleep(moments.uniform(0.2, 1))
             child.send_signal(kill)
-            error = child.communicate(timeout=60)[1].decode()
-            assert child.returncode == (130 if kill == signal.SIGINT else -kill)
-            last = re.split("[\r\n]+", error.strip())[-1]
-            assert kill != signal.SIGINT or last.startswith("iadd.py: interrupted; teachers")
+            *_, last = child.communicate(timeout=60)[1].split("\n")[:-1]
+            if kill == signal.SIGINT:
+                assert child.returncode == 130 and "iadd.py: interrupted; teachers" in last
+            else:
+                assert child.returncode == -kill
             before, reached = reached, size(torch.load(path, weights_only=True))
             assert reached >= before
         assert reached > 20
@@ -1118,11 +1089,10 @@ def test_what_is_complete_is_kept(run, capsys):
 
 def test_divergence_keeps_the_last_good_state(run, capsys, monkeypatch):
     monkeypatch.setattr(iadd, "CHECKPOINT_SECONDS", -1)  # every ten iterations
-    for k, rates in enumerate(("--lr-alpha 1e3", "--lr-w 1e9", "--lr-img 1e6 --lr-w 1e9")):
-        error = refused(capsys, f"{run.distil} --iterations 60 --name wild{k} {rates}")
+    for rates in ("--lr-alpha 1e3", "--lr-img 1e6 --lr-w 1e9"):
+        error = refused(capsys, f"{run.distil} --iterations 60 --name wild{rates[5]} {rates}")
         noticed = int(re.search(r"diverged by iteration (\d+)", error)[1])
-        assert "lower the learning rates" in error
-        kept = result(run.folder / f"wild{k}")
+        kept = result(run.folder / f"wild{rates[5]}")
         assert kept["iteration"] == noticed - 10 and kept["alpha"] > 0
     error = refused(capsys, f"{run.teach} --epochs 1 --lr-teacher 1e9 --runs {run.tmp}/wild")
     assert "teacher 000 diverged: lower --lr-teacher" in error
@@ -1216,7 +1186,7 @@ teachers --dataset covid --data-dir xrays/COVID  | xrays/COVID is a class: --dat
 distill --dataset tinyimagenet --data-dir none   | no folder none/train; see README
 teachers --dataset tinyimagenet --data-dir tiny  | tiny/val/val_annotations.txt
 teachers --dataset xrays                         | no folder
-teachers --dataset zoo                           | zoo/train holds no image of hollow, only of: cat
+teachers --dataset zoo                           | zoo/train holds no image of fox, hollow, only of
 teachers --dataset zoo --classes cat             | two classes
 teachers --dataset zoo --classes cat Dog         | zoo/train holds no image of Dog
 teachers --dataset zoo --classes cat elk         | zoo/test holds no image of elk
@@ -1224,7 +1194,7 @@ teachers --dataset no_test                       | there is no folder & no_test/
 teachers --dataset many                          | many/test & no image of c00, & c04 and 25 more
 teachers --dataset photos                        | cat/x.png has 32 x 24 pixels; --size N makes
 teachers --dataset sizes                         | sizes/test/dog/0.png & --size N makes all
-teachers --dataset broken                        | 12 of the images cannot be read & and 7 more
+teachers --dataset broken                        | 12 of the images & 8-bit images & and 7 more
 teachers --dataset large --zca                   | ZCA of 7500 numbers: about 74 s, 2.2 GB
 {eval} --arch convnet vgg11 --on full            | vgg11: images of (3, 16, 16) are too small
 
@@ -1275,7 +1245,7 @@ plot none                                        | there is no none/distilled.pt
 
 SPOILT = {  # entries of a good file that would give a wrong number without a word
     "images": [lambda x: math.nan * x, lambda x: x[1:]],
-    "labels": [lambda y: y + 9, lambda y: y - 1],
+    "labels": [lambda y: y + 1, lambda y: y - 1],
     "alpha": [lambda a: -a, lambda a: 0 * a],
     "scale": [lambda m: math.inf * m],
     "W": [lambda w: w[1:], lambda w: math.nan * w],
@@ -1310,12 +1280,14 @@ def spoilt(run):
     for split in ("train", "test"):
         (make_pets(bad / "zoo") / split / "hollow").mkdir()
     make_images(bad / "zoo/train/elk")
+    make_images(bad / "zoo/test/fox")
     shutil.rmtree(make_pets(bad / "no_test") / "test")
     make_pets(bad / "many", [f"c{k:02d}" for k in range(30)], test=0, size=4)
     Image.new("RGB", (32, 24)).save(make_pets(bad / "photos") / "train/cat/x.png")
     make_images(make_pets(bad / "sizes") / "test/dog", 1, size=20)
     for path in make_pets(bad / "broken", train=3).glob("*/*/[12].png"):
         os.truncate(path, 60)
+    Image.new("I;16", (16, 16)).save(bad / "broken/train/cat/1.png")
     make_pets(bad / "large", size=50)
     make_pets(bad / "other/pets", train=13)
 
@@ -1390,18 +1362,6 @@ def test_trouble_with_the_machine(name, error, line, says, tmp_path, monkeypatch
     assert not list(tmp_path.rglob("*.pt"))
 
 
-def test_no_flipped_bit_goes_unnoticed(run, tmp_path):
-    """A file is refused, or it still holds the same."""
-    good, refusals = run.gift.read_bytes(), 0
-    for bit in random.Random(0).sample(range(8 * len(good)), 100):
-        (tmp_path / "distilled.pt").write_bytes(flipped(good, bit))
-        try:
-            assert identical(state_of(tmp_path), state_of(run.out))
-        except UserError:
-            refusals += 1
-    assert refusals > 70
-
-
 def test_names_of_folders_and_zca_of_own_images(tmp_path):
     """Chosen classes are in the name, many as their number and a hash. Images larger than 32 x 32
     have ZCA only if it is typed."""
@@ -1413,27 +1373,16 @@ def test_names_of_folders_and_zca_of_own_images(tmp_path):
         assert shared["zca"] == ("_zca_" in folder.name) and shared["dataset"] == "pets"
         return folder.name
 
-    assert folder_of("") == "pets_zca_w128" and folder_of("--no-zca") == "pets_std_w128"
-    assert folder_of("--size 33") == "pets-33px_std_w128"
-    assert folder_of("--size 33 --zca") == "pets-33px_zca_w128"
-    two = f"--classes {classes[1]} {classes[0]}"
-    assert folder_of(two) == "pets-n00000000-n00000001_zca_w128"
+    for more, name in [
+        ("", "pets_zca_w128"),
+        ("--no-zca", "pets_std_w128"),
+        ("--size 33", "pets-33px_std_w128"),
+        ("--size 33 --zca", "pets-33px_zca_w128"),
+        ("--classes n00000001 n00000000", "pets-n00000000-n00000001_zca_w128"),
+    ]:
+        assert folder_of(more) == name
     longer = {folder_of("--classes " + " ".join(classes[k : k + 35])) for k in range(3)}
     assert len(longer) == 3 and all("-35-" in name and len(name) < 60 for name in longer)
-
-
-def test_help_explains_every_option(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "400")
-    for name in ("", "teachers", "distill", "eval"):
-        with pytest.raises(SystemExit, match="0"):
-            command(f"{name} --help")
-        text = capsys.readouterr().out
-        options = re.split(r"\n  (?=--)", text.split("\n\ndataset ")[0])[1:]
-        assert len(options) > 14 or not name
-        for option in options:
-            assert re.search(r"\(.+\)", option), option
-        wanted = "python iadd.py teachers" if not name else r"cifar100 +50 +200 +80 "
-        assert re.search(wanted, text)
 
 
 # ---- README.md, results.md, run_all.sh -----------------------------------------------------------
@@ -1480,7 +1429,7 @@ def test_someone_elses_images(tmp_path, monkeypatch):
 def test_run_all(tmp_path):
     """`paper` lists every cell and runs the chosen ones, with options; GPUS=2: two processes."""
     python = tmp_path / ".venv/bin/python"  # a stand-in that says what it is told
-    python.parent.mkdir(parents=True)
+    touch(python)
     python.write_text('#!/bin/sh\necho "ran $@"\n')
     python.chmod(0o755)
     shutil.copy(HERE / "run_all.sh", tmp_path)
@@ -1495,7 +1444,6 @@ def test_run_all(tmp_path):
         return done.stdout.replace(f"{tmp_path}/iadd.py ", "").splitlines(), done.returncode
 
     cells, code = run_all("paper")
-    assert code == 0
     assert len({line.split()[0] for line in cells}) == 8 * 5 + 3 + 3 + 4  # Tables 1, full, 3, 4
     for line in cells:
         iadd.make_parser().parse_args(line.split("iadd.py ")[1].split())
@@ -1506,15 +1454,13 @@ def test_run_all(tmp_path):
         "ran distill --dataset covid --ipc 20 --method iadd --width 8",
         "ran eval --dataset covid --ipc 20 --method iadd --width 8",
     ]
-    assert "ipc 10" not in " ".join(run_all("paper table1/cifar10/ipc1")[0])
-    assert run_all("paper table9")[1] == 2
+    assert code == 0 and run_all("paper table9")[1] == 2
     torchrun = "ran -m torch.distributed.run --nproc-per-node 2 --local-addr 127.0.0.1 "
     distill = f"{torchrun}distill --segments 2 --dataset cifar100 --ipc 10"
     assert distill in run_all("cifar100 10", gpus="2")[0]
 
 
 # ---- python test_iadd.py: how fast is it? --------------------------------------------------------
-
 
 WAYS = ("obvious", "float32", "bf16")  # MTT's graph of all steps or an eager loop; ours
 
@@ -1547,10 +1493,10 @@ def seconds(work, device):
     return time.perf_counter() - start
 
 
-def peak_memory(batch, way, J, width, device):
-    """Of a student and of this process, in GB; on a CPU a process of its own has to call it."""
+def peak_memory(way, J, width, device):
+    """Of a student and of the process that calls it, in GB."""
     iadd.tune(device)
-    work_of("student", batch, way, J, width, device)()
+    work_of("student", 10, way, J, width, device)()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux: in KB
@@ -1575,13 +1521,13 @@ def bench(quick):
             x = torch.randn(batch, 128, 16, 16, requires_grad=True, **how)
             convolve = lambda layer=layer, x=x: layer(x).sum().backward()  # noqa: E731
             best = min(seconds(convolve, device) for _ in range(9))
-            share = passes * counter.get_total_flops() / step
-            share /= 3 * 2 * batch * 16**2 * 128**2 * 9 / best
+            rate = 3 * 2 * batch * 16**2 * 128**2 * 9 / best
+            share = passes * counter.get_total_flops() / step / rate
             print(f"{task}, batch {batch}, {way:<9}{1000 * step:9.2f} {share:5.0%}", flush=True)
-    for batch, way, J in itertools.product((10,) if quick else (10, 100), WAYS, (5, 50)):
+    for way, J in itertools.product(WAYS, (5, 50)):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            peak = pool.submit(peak_memory, batch, way, J, width, device).result()
-        print(f"peak memory, batch {batch}, {way}, J = {J}: {peak:.2f} GB", flush=True)
+            peak = pool.submit(peak_memory, way, J, width, device).result()
+        print(f"peak memory of a student, batch 10, {way}, J = {J}: {peak:.2f} GB", flush=True)
 
 
 if __name__ == "__main__":
