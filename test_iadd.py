@@ -225,8 +225,8 @@ def test_uniform_weights_are_mtt():
         optimizer_x.step()
         optimizer_lr.step()
     assert (x_syn - matching_problem()[2]).abs().max() > 0.1 and abs(lr - 0.05) > 1e-3
-    for settings in ({"method": "mtt", "lr_w": 10.0}, {"method": "iadd", "lr_w": 0.0}):
-        d, _ = distilled(**settings)
+    for method, lr_w in (("mtt", 10.0), ("ddpp", 10.0), ("iadd", 0.0)):
+        d, _ = distilled(method=method, lr_w=lr_w, epsilon=0.0)
         assert (d.W == 1).all() and torch.allclose(lr, d.alpha, **ROUNDING)
         assert torch.allclose(x_syn, d.images, **ROUNDING)
 
