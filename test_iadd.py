@@ -545,6 +545,13 @@ def test_presets():
     assert iadd.preset("a folder", 10)["J"] == iadd.preset("cifar10", 10)["J"]
 
 
+@pytest.mark.parametrize("name", ["teachers", "distill", "eval"])
+def test_help_ends_with_the_settings(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command(f"{name} --help")
+    assert capsys.readouterr().out.endswith(iadd.PRESETS)
+
+
 def test_defaults_are_the_papers():
     s = completed("teachers --dataset cifar10")
     assert (s.teachers, s.epochs, s.lr_teacher, s.batch_real) == (200, 50, 0.01, 256)
@@ -1027,13 +1034,14 @@ def start(line):
 
 def test_six_kills_and_two_interruptions(run, tmp_path):
     """At random moments, of teachers and of distill, which save more often than once a minute here:
-    what was saved stays, and in the end all is as without them."""
+    what was saved stays, and in the end all is as without them, with no evaluation missing."""
     assert iadd.CHECKPOINT_SECONDS == 60
     moments = random.Random(0)
     folder, whole = (tmp_path / name / run.folder.name for name in ("killed", "whole"))
+    distil = f"{run.distil} --eval-every 10 --nets 1 --eval-epochs 1"
     for line, amount, name, size in [
         (run.teach, "--epochs", "teachers/000.pt", lambda x: len(x["thetas"]) - 1),
-        (run.distil, "--iterations", f"{run.out.name}/distilled.pt", lambda x: x["iteration"]),
+        (distil, "--iterations", f"{run.out.name}/distilled.pt", lambda x: x["iteration"]),
     ]:
         path = folder / name
         reached = 0
@@ -1059,6 +1067,7 @@ def test_six_kills_and_two_interruptions(run, tmp_path):
         assert same(thetas(folder / name), thetas(whole / name))
     a, b = folder / run.out.name, whole / run.out.name
     assert identical(state_of(a), state_of(b)) and log_of(a) == log_of(b)
+    assert {row["iteration"] for row in rows_of(a)} == set(range(10, reached + 4, 10))
     for path in a.glob("*.png"):
         Image.open(path).load()
 
