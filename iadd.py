@@ -1250,7 +1250,7 @@ def evaluate(args, data: Dataset, normalise: Normalisation, images: ImageSet, ro
             images = ImageSet(*real_images(data, normalise, row["ipc"]))
         theta = train_network(ell, theta, images, epochs, lr, args.batch_real)
         if alone and not theta.isfinite().all():
-            raise UserError(f"a network diverged at the learning rate {lr}: lower --lr")
+            raise UserError(f"{arch} diverged at the learning rate {lr:.4g}: lower --lr")
         matrices[k] = confusion_matrix(net, theta, test)
     sum_over_ranks(matrices)
     scores = [100 * matrix.trace().item() / len(test) for matrix in matrices]
