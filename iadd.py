@@ -4,20 +4,21 @@
     python iadd.py distill --ipc 1              # the distilled images              (Algorithm 1)
     python iadd.py eval --arch vgg11            # fresh networks, trained on them   (Section 4.1)
 
-Give all three the same options on data and network (cifar10 is the default). `--dataset shapes`:
-they take three minutes on two CPU cores; `eval --on distilled random full` then says 57.4 ± 5.5 %
-for networks trained on one distilled image per class, 29.5 ± 3.5 for one real image, 99.5 ± 0.2
-for all 2,000. CIFAR-10, IPC 1: 44.2 ± 0.9, in six minutes on an H200; the paper: 46.5 ± 1.1.
+Give the three commands the same options; each uses those of its groups (see --help). With
+`--dataset shapes` they take three minutes on two CPU cores, and `eval --on distilled random full`
+then prints 57.4 ± 5.5 % for networks trained on one distilled image per class, 29.5 ± 3.5 on one
+real image, 99.5 ± 0.2 on all 2,000. CIFAR-10, IPC 1, 50 teachers, T = 5000: 44.9 ± 0.9; the paper,
+with 200 teachers: 46.5 ± 1.1.
 
 The paper: Guang Li, Ren Togo, Takahiro Ogawa, Miki Haseyama, Neural Networks 172, 2024, arXiv
 2401.15863; sections, equations, figures, tables and lines (of Algorithm 1) below are that paper's.
 Train many teachers on the real data and keep their parameters before training and after every
 epoch. Then take a few real images per class (IPC) and repeat T times: let a student start where a
 random teacher was after a random early epoch i, take J steps of gradient descent on the augmented
-distilled images, and see how far it ends from where the teacher stood K epochs later. That squared
-distance, each parameter weighted by its importance W, relative to the teacher's own, is
-back-propagated through all J steps into the images, the student's learning rate alpha and W. With
-W = 1 this is MTT (Cazenavette et al., CVPR 2022), whose settings fill the paper's gaps.
+distilled images, and see how far it ends from where the teacher was K epochs later. That squared
+distance, each parameter weighted by its importance W, divided by the squared distance that the
+teacher travelled, is back-propagated through all J steps into the images, the student's learning
+rate alpha and W. With W = 1 this is MTT [51], whose settings fill the paper's gaps.
 
 Glossary
     theta       all parameters of a network as one vector, (P,)       theta, theta~, Eq. (3)-(5)
@@ -30,6 +31,13 @@ Glossary
     K           epochs of a teacher (the paper: its updates)          --expert-epochs
     max_start   a student starts at an epoch i < max_start            I+, --max-start-epoch
     S           segments of teachers, averaged; the paper: 1          --segments
+
+References, by their numbers in the paper (the data: [53] CIFAR, [80] Tiny ImageNet, [81] COVID-19)
+    [6], [7], [89]   AlexNet, Krizhevsky 2012; ResNet, He 2016; VGG, Simonyan 2015: arXiv 1409.1556
+    [47]   DSA: Zhao, Bilen, ICML 2021, arXiv 2102.08259
+    [51]   MTT: Cazenavette, Wang, Torralba, Efros, Zhu, CVPR 2022, arXiv 2203.11932
+    [54]   DDPP: Li, Togo, Ogawa, Haseyama, IEICE Transactions 2023, arXiv 2209.14609
+    [83]   herding: Chen, Welling, Smola, UAI 2010, arXiv 1203.3472
 """
 
 import argparse
@@ -42,24 +50,31 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import sys
 import time
 import warnings
-import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
-from tqdm import tqdm
+from torchvision.datasets.folder import find_classes, make_dataset
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm.auto import tqdm
 
 # ---- 1. The student: J steps of gradient descent, and the way back through them (Section 3.1)
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # theta (P,), x (B, C, H, W), y (B,) -> ()
 
 
 def flat_parameters(net: nn.Module) -> Tensor:
@@ -67,9 +82,10 @@ def flat_parameters(net: nn.Module) -> Tensor:
     return nn.utils.parameters_to_vector(net.parameters()).detach()
 
 
-def cross_entropy(net: nn.Module, precision: str = "float32"):
-    """The loss of a network, in bfloat16 ("bf16") or in the dtype of theta, as ell(theta, x, y):
-    (P,), (B, C, H, W), (B,) -> (). RuntimeError if it has buffers, which would not be matched."""
+def cross_entropy(net: nn.Module, precision: str = "float32") -> Loss:
+    """Returns ell(theta, x, y), the mean cross-entropy of `net` with the parameters theta on images
+    x with labels y. precision: "bf16" computes in bfloat16, "float32" in the dtype of theta.
+    ell raises RuntimeError if `net` has buffers, since only parameters are matched."""
     named = dict(net.named_parameters())
     sizes = [p.numel() for p in named.values()]
 
@@ -84,24 +100,25 @@ def cross_entropy(net: nn.Module, precision: str = "float32"):
 
 
 class Student:
-    """student(theta, alpha, x, y): theta (P,) after J steps of gradient descent at the rate alpha,
-    (), one on each mini-batch of x (J, B, C, H, W), augmented, and y (J, B)."""
+    """student(theta, alpha, x, y) returns theta (P,) after J steps of gradient descent at learning
+    rate alpha (), one on each mini-batch of augmented images x (J, B, C, H, W), labels y (J, B)."""
 
-    def __init__(self, ell):
-        self.gradient = torch.func.grad(ell)  # of ell in theta, (P,)
+    def __init__(self, ell: Loss):
+        self.gradient = torch.func.grad(ell)  # of ell with respect to theta, (P,)
 
     def step(self, theta: Tensor, alpha: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return theta - alpha * self.gradient(theta, x, y)  # Eq. (2)
 
     def step_back(self, v: Tensor, theta: Tensor, alpha: Tensor, x: Tensor, y: Tensor):
-        """v (P,), the gradient in the result of `step`, becomes those in theta, alpha and x:
-        (I - alpha H) v, -<v, g>, -alpha (dg/dx)^T v; g and H: of ell in theta."""
+        """The backward pass of `step`. v (P,) is the gradient of the loss L with respect to its
+        result; returned are those with respect to theta, alpha and x, which are (I - alpha H) v,
+        -<v, g> and -alpha (dg/dx)^T v, where g and H are gradient and Hessian of ell in theta."""
         g, pull_back = torch.func.vjp(lambda theta, x: self.gradient(theta, x, y), theta, x)
         Hv, dg_dx_v = pull_back(v)  # one vector-Jacobian product; H is symmetric
         return v - alpha * Hv, -(v @ g), -alpha * dg_dx_v
 
     def __call__(self, theta: Tensor, alpha: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        if not theta.requires_grad:  # as the others do; else torch.compile compiles a step twice
+        if not theta.requires_grad:  # as after a step: torch.compile would compile for both
             theta = theta.detach().requires_grad_()
         for x_j, y_j in zip(x, y):  # Algorithm 1, lines 6 and 10
             theta = StudentStep.apply(self, theta, alpha, x_j, y_j)  # lines 8, 9
@@ -110,7 +127,7 @@ class Student:
 
 class StudentStep(torch.autograd.Function):
     """A step as autograd sees it. create_graph=True would keep the activations of all J steps; this
-    keeps the inputs of each and computes its activations anew: memory that hardly grows with J."""
+    keeps the inputs of each and recomputes its activations, so that memory hardly grows with J."""
 
     @staticmethod
     def forward(ctx, student, theta, alpha, x, y):
@@ -134,7 +151,7 @@ class Matching:
     J: int
     K: int
     max_start: int
-    batch: int  # distilled images in a step
+    batch: int  # batch size of distilled images
     alpha: float  # alpha_0
     lr_alpha: float  # mu, Eq. (10)
     lr_w: float  # eta, Eq. (11)
@@ -145,37 +162,39 @@ class Matching:
     seed: int
 
 
-class Distillation:
+class Distillation(nn.Module):
     """What Algorithm 1 learns, and the optimizer that learns it. images: real ones at first,
     normalised, (N, C, H, W); labels: (N,); P: length of theta."""
 
     def __init__(self, images: Tensor, labels: Tensor, P: int, m: Matching):
+        super().__init__()
         self.t = 0  # iterations done
-        self.labels = labels
-        self.images = images.detach().clone().requires_grad_()  # Algorithm 1, line 1
-        self.alpha = images.new_tensor(m.alpha).requires_grad_()  # line 2
+        self.images = nn.Parameter(images.clone())  # Algorithm 1, line 1
+        self.alpha = nn.Parameter(images.new_tensor(m.alpha))  # line 2
         # All ones, the "unit vector" W_0; float32 would round away what a rate of 1e-4 subtracts
-        self.W = images.new_ones(P, dtype=torch.float64).requires_grad_()
+        self.W = nn.Parameter(images.new_ones(P, dtype=torch.float64))
+        self.register_buffer("labels", labels)
+        self.register_buffer("mismatch", images.new_zeros(P))  # of the last student, for `plot`
         learned = [  # the paper is silent on momentum: MTT's, and none for W
             {"params": [self.alpha], "lr": m.lr_alpha, "momentum": 0.5},  # Eq. (10)
             {"params": [self.W], "lr": m.lr_w},  # Eq. (11)
             {"params": [self.images], "lr": m.lr_img, "momentum": 0.5},  # Eq. (12)
         ]
         self.optimizer = torch.optim.SGD(learned)
-        self.mismatch = images.new_zeros(P)  # theta - theta_target of the last student, to plot
 
 
 def iadd_loss(theta: Tensor, theta_start: Tensor, theta_target: Tensor, W: Tensor) -> Tensor:
     """Eq. (9) with (7) and (8): ||W theta - W theta_target||^2 / ||theta_start - theta_target||^2.
     All (P,). dL/dw = 2 w (theta - theta_target)^2 / ||...||^2 is not below 0 while w > 0: SGD only
-    lowers weights, and fastest where the student misses by most (Fig. 6, 7)."""
+    lowers weights, and fastest where the mismatch is largest (Fig. 6, 7)."""
+    assert theta.shape == theta_start.shape == theta_target.shape == W.shape
     weighted = W * (theta - theta_target)  # Algorithm 1, lines 11-13
     return weighted.square().sum() / (theta_start - theta_target).square().sum()
 
 
-def weigh(m: Matching, W: Tensor, mismatch: Tensor) -> Tensor:
+def importance_weights(m: Matching, W: Tensor, mismatch: Tensor) -> Tensor:
     """The weights (P,) of a mismatch (P,). IADD learns them; MTT's [51] are 1; DDPP [54] drops what
-    is hardest to match: here the share epsilon, anew for each start (the paper gives no rule)."""
+    is hardest to match: here the share epsilon, chosen for each start (the paper has no rule)."""
     if m.method == "iadd":
         return W
     if m.method == "mtt":
@@ -213,9 +232,10 @@ def matching_loss(d: Distillation, student: Student, teachers: list[Tensor], m: 
     segment = random_segment(teachers, m.K, m.max_start)  # line 4
     theta_start, theta_target = segment.to(d.images.device)
     x, y = student_batches(d.images, d.labels, m.batch, m.J)  # line 7
-    theta = student(theta_start, d.alpha, x, y)  # lines 5, 6, 8-10
+    theta = student(theta_start, d.alpha.clone(), x, y)  # lines 5, 6, 8-10
     d.mismatch = theta.detach() - theta_target  # as in Fig. 1
-    return iadd_loss(theta, theta_start, theta_target, weigh(m, d.W, d.mismatch))  # lines 11-13
+    weights = importance_weights(m, d.W, d.mismatch)
+    return iadd_loss(theta, theta_start, theta_target, weights)  # lines 11-13
 
 
 def iteration(d: Distillation, student, teachers: list[Tensor], m: Matching, segments) -> Tensor:
@@ -224,7 +244,7 @@ def iteration(d: Distillation, student, teachers: list[Tensor], m: Matching, seg
     d.optimizer.zero_grad()
     loss = d.W.new_zeros(())
     for s in segments:
-        seed_all(m.seed, "segment", d.t, s)  # so that it can be resumed, or done elsewhere
+        seed_all(m.seed, "segment", d.t, s)  # so that it can be resumed, or run elsewhere
         part = matching_loss(d, student, teachers, m) / m.S  # lines 4-13
         part.backward()
         loss += part.detach()
@@ -302,7 +322,7 @@ DSA = [dsa_color, dsa_crop, dsa_cutout, dsa_flip, dsa_scale, dsa_rotate]
 
 def augment(x: Tensor) -> Tensor:
     """Augments J mini-batches (J, B, C, H, W): each draws one of the six kinds for all its images,
-    as torch.stack([DSA[k](x_j) for k, x_j in zip(kind, x)]), but a kind draws and works at once."""
+    as torch.stack([DSA[k](x_j) for k, x_j in zip(kind, x)]), but all of a kind in one call."""
     kind = torch.randint(len(DSA), (len(x),))
     order = kind.argsort().to(x.device)  # mini-batches of a kind are neighbours
     parts = x[order].split(kind.bincount(minlength=len(DSA)).tolist())
@@ -334,9 +354,12 @@ def plain_network(shape, classes: int, layers: list, norm: bool = True) -> nn.Mo
 
 
 def convnet(shape, classes: int, width: int = 128) -> nn.Module:
-    """The ConvNet of teachers and students (Section 4.1); 320,010 parameters for CIFAR-10."""
+    """The ConvNet of teachers and students (Section 4.1)."""
     depth = max(1, round(math.log2(shape[1])) - 2)  # 3 for 32 pixels a side, 4: 64, 5: 112
-    return plain_network(shape, classes, [(width, 3), "avg"] * depth)
+    net = plain_network(shape, classes, [(width, 3), "avg"] * depth)
+    if (*shape, classes, width) == (3, 32, 32, 10, 128):
+        assert len(flat_parameters(net)) == 320_010  # Section 1
+    return net
 
 
 def alexnet(shape, classes: int) -> nn.Module:
@@ -370,11 +393,11 @@ ARCHITECTURES = {"convnet": convnet, "alexnet": alexnet, "vgg11": vgg11, "resnet
 
 
 def seed_all(*key) -> None:
-    """Starts the random stream named `key`, such as (seed, "teacher", 3)."""
+    """Seeds PyTorch for one purpose, named by `key`, such as (seed, "segment", 7, 0)."""
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 
-def train(ell, theta: Tensor, optimizer, images: "ImageSet", epochs: int, batch: int) -> None:
+def train(ell: Loss, theta: Tensor, optimizer, images: "ImageSet", epochs: int, batch: int) -> None:
     """Passes over the images in mini-batches with DSA. Updates theta (P,) in place."""
     batch = min(batch, len(images))
     index = minibatches(len(images), batch, epochs * math.ceil(len(images) / batch))
@@ -387,14 +410,14 @@ def train(ell, theta: Tensor, optimizer, images: "ImageSet", epochs: int, batch:
             optimizer.step()
 
 
-def train_teacher(ell, theta: Tensor, images: "ImageSet", lr: float, batch: int) -> Tensor:
+def train_teacher(ell: Loss, theta: Tensor, images: "ImageSet", lr: float, batch: int) -> Tensor:
     """A teacher, (P,) on the CPU, an epoch after theta (P,). Plain SGD: theta is all its state."""
     theta = theta.to(images.x.device, copy=True).requires_grad_()
     train(ell, theta, torch.optim.SGD([theta], lr), images, 1, batch)
     return theta.detach().cpu()
 
 
-def train_network(ell, theta: Tensor, images, epochs: int, lr: float, batch: int) -> Tensor:
+def train_network(ell: Loss, theta: Tensor, images, epochs: int, lr: float, batch: int) -> Tensor:
     """A network of the evaluation, from theta (P,) on. The paper is silent; nearly as MTT: SGD with
     momentum .9, weight decay 5e-4, DSA, a tenth of the rate in the second half."""
     theta = theta.to(images.x.device, copy=True).requires_grad_()
@@ -470,7 +493,6 @@ class Normalisation:
 def real_images(data: "Dataset", normalise: Normalisation, ipc: int, choose=None):
     """`ipc` training images of each class, normalised, class after class, and their labels: random
     ones (Algorithm 1, line 1), or those whose indices `choose` returns for a class's images."""
-    check_ipc(ipc, data)
     images, labels = data.train
     chosen = []
     for c in range(len(data.classes)):
@@ -488,36 +510,52 @@ def real_images(data: "Dataset", normalise: Normalisation, ipc: int, choose=None
 
 
 class UserError(Exception):
-    """Something the user can mend: the command line prints one line and exits with code 2."""
+    """A mistake that the user can correct: `main` prints it as one line and returns 2."""
 
 
-# ---- 7. Settings: default < preset < what the user typed ---------------------------------
+# ---- 7. Settings: default < preset < command line ----------------------------------------
 # The paper's (Sections 4.1, 4.2, 4.5); lr_teacher, batch_real: MTT's; covid's T: a guess
-DEFAULTS = {"epochs": 50, "lr_teacher": 0.01, "batch_real": 256, "iterations": 5000, "width": 128}
-SMALL = {"epochs": 10, "lr_teacher": 0.02, "batch_real": 64, "iterations": 200, "width": 32}
-# MTT's, and ZCA where MTT has it; covid: MTT's for images of 128 x 128; shapes: ours. batch 0: all
+LARGE = {
+    "epochs": 50,
+    "lr_teacher": 0.01,
+    "batch_real": 256,
+    "iterations": 5000,
+    "width": 128,
+    "compile": True,
+}
+SMALL = {
+    "epochs": 10,
+    "lr_teacher": 0.02,
+    "batch_real": 64,
+    "iterations": 200,
+    "width": 32,
+    "compile": False,
+}
+# MTT's, and ZCA where MTT has it; covid: MTT's for 128 x 128 pixels; shapes: ours. batch 0: all
 PRESETS = """
-dataset       ipc teachers  J K max_start lr_img lr_alpha alpha batch   zca
-cifar10         1      200 50 2         2    100     1e-7   .01     0  True
-cifar10        10      200 30 2        20    100     1e-5  .001     0  True
-cifar10        50      200 30 2        40   1000     1e-5  .001     0 False
-cifar100        1      200 20 3        20   1000     1e-5   .01     0  True
-cifar100       10      200 20 2        20   1000     1e-5   .01     0 False
-cifar100       50      200 80 2        40   1000     1e-5   .01   125  True
-tinyimagenet    1      100 10 2        10  10000     1e-4   .01     0 False
-tinyimagenet   10      100 20 2        40  10000     1e-4   .01   200 False
-covid          20      100 20 2        10   1000     1e-6   .01     0 False
-shapes          1        6 10 2         4    300     1e-5   .03     0 False
+dataset      ipc teachers steps expert_epochs max_start_epoch lr_img lr_alpha alpha batch zca
+cifar10        1      200    50             2               2    100     1e-7   .01     0 True
+cifar10       10      200    30             2              20    100     1e-5  .001     0 True
+cifar10       50      200    30             2              40   1000     1e-5  .001     0 False
+cifar100       1      200    20             3              20   1000     1e-5   .01     0 True
+cifar100      10      200    20             2              20   1000     1e-5   .01     0 False
+cifar100      50      200    80             2              40   1000     1e-5   .01   125 True
+tinyimagenet   1      100    10             2              10  10000     1e-4   .01     0 False
+tinyimagenet  10      100    20             2              40  10000     1e-4   .01   200 False
+covid         20      100    20             2              10   1000     1e-6   .01     0 False
+shapes         1        6    10             2               4    300     1e-5   .03     0 False
 """
 
 
-def preset(name: str, ipc: int) -> dict:
-    """Settings of a dataset (a folder: CIFAR-10's) at the largest IPC <= ipc, or the least."""
+def preset(name: str, ipc: int, side: int) -> dict:
+    """Settings of a dataset (of a folder: CIFAR-10's) at the largest IPC <= ipc, or at its
+    smallest; ZCA only up to 32 pixels a side, since its cost grows with the sixth power."""
     table = np.genfromtxt(PRESETS.splitlines(), dtype=None, names=True, encoding="utf-8")
     rows = [row for row in table if row["dataset"] == name] or table[:3]  # CIFAR-10's
     up_to_ipc = [row for row in rows if row["ipc"] <= ipc] or rows[:1]
     settings = dict(zip(table.dtype.names, up_to_ipc[-1].item()))
-    return {**(SMALL if name == "shapes" else DEFAULTS), **settings}
+    settings["zca"] &= side <= 32
+    return {**settings, **(SMALL if name == "shapes" else LARGE)}
 
 
 # ---- 8. Datasets -------------------------------------------------------------------------
@@ -525,7 +563,7 @@ def preset(name: str, ipc: int) -> dict:
 
 @dataclass
 class Dataset:
-    """train, test: uint8 images (N, C, H, W), H = W, int64 labels (N,), index of classes."""
+    """Training and test set: each uint8 images (N, C, H, W), H = W, and int64 labels (N,)."""
 
     name: str
     classes: list[str]
@@ -537,15 +575,14 @@ class Dataset:
         return tuple(self.train[0].shape[1:])
 
 
+@dataclass
 class ImageSet:
-    """Images and labels on a device, read by index: x, y = images[index], where x is
-    network input. x: that already, (N, C, H, W), or with `normalise` uint8, a quarter as
-    large, normalised anew each time; y: (N,)."""
+    """Images and labels on a device: x, y = images[index], where x is network input. Stored
+    are network input (N, C, H, W) or, with `normalise`, uint8 images, a quarter of the size."""
 
-    def __init__(self, x: Tensor, y: Tensor, normalise: "Normalisation | None" = None):
-        self.x = x
-        self.y = y
-        self.normalise = normalise
+    x: Tensor
+    y: Tensor
+    normalise: "Normalisation | None" = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -556,115 +593,100 @@ class ImageSet:
 
 
 def load_dataset(name: str, data_dir: Path, size: int | None = None, only=()) -> Dataset:
-    """One of PRESETS or a folder {train,test}/<class>/*, of `size` pixels, of classes `only`."""
+    """A dataset of PRESETS or a folder of images, these resized to `size` x `size` pixels, and of
+    the classes `only` (default: all). Raises UserError."""
     if name in ("cifar10", "cifar100", "shapes"):
         if size or only:
-            raise UserError(f"--size and --classes are for datasets of image files, not for {name}")
+            raise UserError(f"--size and --classes are for folders of images, not for {name}")
         return make_shapes() if name == "shapes" else load_cifar(name, data_dir)
-    if name == "tinyimagenet":
-        return read_dataset(name, list_tiny_imagenet(data_dir), only, size, "RGB")
-    if name == "covid":
-        return read_dataset(name, list_covid(data_dir), only, size or 112, "L")
-    root = Path(name)
+    root = data_dir if name in ("tinyimagenet", "covid") else Path(name)
     if not root.is_dir():
-        raise UserError(f"unknown dataset {name!r}: neither one of those in --help, nor a folder")
-    return read_dataset(root.resolve().name, list_folders(root, "test", "val"), only, size, "RGB")
+        raise UserError(f"there is no folder {root}; --dataset takes one, or a name in --help")
+    if name == "covid":  # Section 4.5
+        return read_dataset(name, *list_covid(root, only), size or 112, "L")
+    return read_dataset(Path(name).resolve().name, *list_folder(root, only), size, "RGB")
 
 
 def load_cifar(name: str, data_dir: Path) -> Dataset:
     """CIFAR-10 or CIFAR-100 [53], downloaded to data_dir on first use (170 MB)."""
     cifar = getattr(torchvision.datasets, name.upper())
     try:
-        parts = [cifar(data_dir, train) for train in (True, False)]
-    except RuntimeError:  # they are not there yet
+        train = cifar(data_dir)
+    except RuntimeError:  # it is not there yet
         try:
             with filelock.FileLock(f"{data_dir}.lock"):  # one process downloads for all
-                parts = [cifar(data_dir, train, download=True) for train in (True, False)]
+                train = cifar(data_dir, download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot download {cifar.url} to {data_dir}/: {error}") from None
-    train, test = (
-        (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
-        for part in parts
-    )
-    return Dataset(name, parts[0].classes, train, test)
+    parts = []
+    for part in (train, cifar(data_dir, train=False)):
+        x = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        parts.append((x, torch.tensor(part.targets)))
+    return Dataset(name, train.classes, *parts)
 
 
-def few(things) -> str:
-    """The first five, and how many others there are: to name them in a line."""
-    names = [str(thing) for thing in things]
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+def list_images(folder: Path, only=()) -> tuple[list[str], list[tuple[str, int]]]:
+    """Classes, all or `only`, and (path, label) of each image in folder/<class>, as torchvision's
+    ImageFolder lists them, but without hidden files. Prints how many other files there are."""
+
+    def visible(path):
+        return f"{os.sep}." not in path.removeprefix(str(folder))
+
+    classes = sorted(set(only)) or [c for c in find_classes(folder)[0] if c[0] != "."]
+    labels = {c: label for label, c in enumerate(classes)}
+    files = make_dataset(str(folder), labels, is_valid_file=visible, allow_empty=True)
+    suffixes = tuple(Image.registered_extensions())
+    images = [(path, label) for path, label in files if path.lower().endswith(suffixes)]
+    others = sorted(set(files) - set(images))
+    if others:
+        print(f"{folder}: {len(others)} files are not images, such as {others[0][0]}")
+    return classes, images
 
 
-def image_files(root: Path) -> dict[str, list[Path]]:
-    """{class: files}, of each folder in root the images in it, or in its folder "images", if any.
-    Nothing hidden; whatever else is there is named. Raises UserError."""
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root}; see README")
-    known = Image.registered_extensions()
-    found = {}
-    unread = []
-    for folder in sorted(filter(Path.is_dir, root.glob("[!.]*"))):
-        inner = folder / "images" if (folder / "images").is_dir() else folder
-        files = {path for path in inner.glob("[!.]*") if path.suffix.lower() in known}
-        unread += {*folder.glob("[!.]*"), *inner.glob("[!.]*")} - files - {inner}
-        found[folder.name] = sorted(files)
-    if unread:
-        of_each_kind = {path.suffix: path.relative_to(root) for path in sorted(unread)}
-        print(f"not read in {root}: {len(unread)}, such as {few(of_each_kind.values())}")
-    return found
+def list_folder(root: Path, only) -> tuple[list[str], list, list]:
+    """Classes, training images, test images of a folder {train,test}/<class>/*. Tiny ImageNet
+    [80] has val instead, sorted into classes or, as published, listed in a file."""
+    classes, train = list_images(root / "train", only)
+    for folder in (root / "test", root / "val", root / "val/images"):
+        if any((folder / c).is_dir() for c in classes):
+            _, test = list_images(folder, classes)
+            return classes, train, test
+    annotations = root / "val/val_annotations.txt"
+    if not annotations.exists():
+        raise UserError(f"there is no folder {root}/test/{classes[0]}, see README")
+    test = []
+    for line in annotations.read_text().splitlines():
+        row = line.split("\t")  # file, class, bounding box
+        if len(row) > 1 and row[1] in classes:
+            test.append((str(root / "val/images" / row[0]), classes.index(row[1])))
+    return classes, train, test
 
 
-def list_folders(root: Path, *tests: str) -> dict[Path, dict]:
-    """{folder: {class: files}} to train on, root/train, and to test on, the first of `tests` that
-    has a class's folder. Raises UserError."""
-    train = image_files(root / "train")
-    fitting = (test for test in tests if any((root / test / c).is_dir() for c in train))
-    test = root / next(fitting, tests[0])
-    return {root / "train": train, test: image_files(test)}
+def list_covid(root: Path, only) -> tuple[list[str], list, list]:
+    """As `list_folder`, of COVID-19 Radiography [81] without its masks, each class split 8:2
+    (Section 4.1) in the order of a hash of the file names: the same split everywhere."""
+
+    def hashed(image):
+        path, label = image
+        return hashlib.sha256(os.fsencode(f"{classes[label]}/{Path(path).name}")).digest()
+
+    classes, images = list_images(root, only)
+    images = sorted((x for x in images if Path(x[0]).parent.name != "masks"), key=hashed)
+    train = []
+    test = []
+    for label in range(len(classes)):
+        members = [image for image in images if image[1] == label]
+        cut = round(0.8 * len(members))
+        train += members[:cut]
+        test += members[cut:]
+    return classes, train, test
 
 
-def list_tiny_imagenet(root: Path) -> dict[Path, dict]:
-    """As `list_folders`, of Tiny ImageNet [80], tested on its validation images, which are either
-    sorted into folders of classes or, as published, listed in a file."""
-    files = list_folders(root, "val/images", "val")
-    _, test = files.values()
-    if not any(test.values()):
-        annotations = root / "val/val_annotations.txt"
-        try:
-            for line in filter(str.strip, annotations.read_text().splitlines()):
-                file, c, *_ = line.split("\t")
-                test.setdefault(c, []).append(root / "val/images" / file)
-        except ValueError as error:
-            raise UserError(f"cannot read {annotations}: {error}") from None
-    return files
-
-
-def list_covid(root: Path) -> dict[str, dict]:
-    """As `list_folders`, of COVID-19 Radiography [81], split 8:2 (Section 4.1). A hash of the
-    file's name decides, so that the split is the same everywhere."""
-    if (root / "images").is_dir():
-        raise UserError(f"{root} is a class: --data-dir takes the folder above it")
-    train = {}
-    test = {}
-    for name, files in image_files(root).items():
-        hashes = {file: hashlib.sha256(f"{name}/{file.name}".encode()).digest() for file in files}
-        files = sorted(files, key=hashes.get)
-        cut = round(0.8 * len(files))
-        train[name] = files[:cut]
-        test[name] = files[cut:]
-    return {f"{root} (training part)": train, f"{root} (test part)": test}
-
-
-def read_image(path: Path, size: int | None, mode: str) -> np.ndarray:
-    """An image file as uint8 (C, H, W), H = W, C = 1 for mode "L", 3 for "RGB". Raises UserError if
-    it needs --size, and whatever Pillow raises if it cannot be read."""
+def read_image(path: str, size: int | None, mode: str) -> Tensor:
+    """An image file as uint8 (C, H, W), C = 1 for mode "L", 3 for "RGB"."""
     with Image.open(path) as image:
         if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
             raise ValueError(f"its pixels are of mode {image.mode}; 8-bit images are needed")
-        width, height = image.size
-        if not size and (width != height or width > 512):  # the most that --size takes
-            raise UserError(f"{path} has {width} x {height} pixels; --size N makes all N x N")
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:  # on white, as a page shows it
             image = image.convert("RGBA")
@@ -672,45 +694,39 @@ def read_image(path: Path, size: int | None, mode: str) -> np.ndarray:
         image = image.convert(mode)
         if size:
             image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased
-        return np.ascontiguousarray(np.moveaxis(np.atleast_3d(image), 2, 0))
+        return pil_to_tensor(image)
 
 
-def read_dataset(name: str, files: dict, only, size: int | None, mode: str) -> Dataset:
-    """files: {folder: {class: files}} to train on, to test on; only: the classes to use, or all;
-    size, mode: as in `read_image`. Raises UserError."""
-    train, test = files.values()
-    classes = sorted(set(only or [*train, *filter(test.get, test)]))
-    for folder, part in files.items():
-        lacking = [c for c in classes if not part.get(c)]
-        if lacking:
-            others = few(filter(part.get, part))
-            raise UserError(f"{folder} holds no image of {few(lacking)}, only of: {others}")
+def read_dataset(name: str, classes: list[str], train: list, test: list, size, mode) -> Dataset:
+    """Reads lists of (path, label). size, mode: as in `read_image`. Raises UserError."""
     if len(classes) < 2:
-        raise UserError(f"{name} needs folders of two classes, see README; found: {few(classes)}")
-    paths = []
-    labels = []
-    for part in files.values():
-        for k, c in enumerate(classes):
-            paths += part[c]
-            labels += [k] * len(part[c])
-    arrays = []
+        raise UserError(f"{name} needs folders of two classes, see README; found: {classes}")
+    for part, files in (("training", train), ("test", test)):
+        empty = sorted(set(classes) - {classes[label] for _, label in files})
+        if empty:
+            raise UserError(f"{name}: no {part} images of {', '.join(empty[:9])}; see README")
+    images = []
     unreadable = []
-    for path in progress(paths, f"reading {name}"):  # threads are slower at small files
+    for path, _ in tqdm(train + test, f"reading {name}"):  # threads are slower at small files
         try:
-            arrays.append(read_image(path, size, mode))
-        except UserError:
-            raise
+            image = read_image(path, size, mode)
         except Exception as error:  # OSError, SyntaxError, DecompressionBombError, ...
             unreadable.append(f"{path}: {error}")
+            continue
+        images.append(image)
+        _, height, width = image.shape
+        if image.shape != images[0].shape or height != width or width > 512:
+            raise UserError(
+                f"{path} has {width} x {height} pixels; images must be square, of one size and at "
+                "most 512 pixels a side: --size N makes all N x N"
+            )
     if unreadable:
-        raise UserError(f"{len(unreadable)} of the images cannot be read: {few(unreadable)}")
-    for path, array in zip(paths, arrays):
-        if array.shape != arrays[0].shape:
-            raise UserError(f"{path} and {paths[0]} differ in size; --size N makes all N x N")
-    n = sum(len(train[c]) for c in classes)
-    x = torch.from_numpy(np.stack(arrays))
-    y = torch.tensor(labels)
-    return Dataset(name, classes, (x[:n], y[:n]), (x[n:], y[n:]))
+        raise UserError(
+            f"{len(unreadable)} of the images cannot be read: {'; '.join(unreadable[:5])}"
+        )
+    parts = [len(train), len(test)]
+    y = torch.tensor([label for _, label in train + test])
+    return Dataset(name, classes, *zip(torch.stack(images).split(parts), y.split(parts)))
 
 
 SHAPES = {  # positive inside the figure; (u, v) are its own coordinates, its radius is 1
@@ -757,123 +773,55 @@ def make_shapes(train: int = 200, test: int = 50, seed: int = 0) -> Dataset:
 
 # ---- 9. Files, speed, processes ----------------------------------------------------------
 
-FORMAT = 2  # of the files that are written
-CHECKPOINT_SECONDS = 60  # at least, from one to the next
-progress = functools.partial(tqdm, mininterval=0.2 if sys.stderr and sys.stderr.isatty() else 30)
+VERSION = 3  # of the files that are written
+CHECKPOINT_SECONDS = 60  # at least, from one checkpoint to the next
 
 
-def fingerprint(tensors) -> int:
-    """A number that tells other tensors apart."""
-    return functools.reduce(lambda crc, x: zlib.crc32(x.contiguous().numpy(), crc), tensors, 0)
+def one_line(error: Exception) -> str:
+    """The type and the message of an error, cut to a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:250]
 
 
 def save(content: dict, path: Path) -> None:
-    """torch.save under another name, then renamed: `path` is always a whole file."""
+    """torch.save to a temporary file, then an atomic rename: `path` is always complete."""
     temporary = path.with_suffix(".tmp")
     try:
-        torch.save({"format": FORMAT, **content}, temporary)
+        torch.save(content, temporary)
     except RuntimeError as error:  # the disk is full, for example
-        raise OSError(f"cannot write {temporary}: {error}") from None
+        raise OSError(f"cannot write {temporary}: {one_line(error)}") from None
     os.replace(temporary, path)
 
 
-def load(path: Path, settings: dict, hint: str, device="cpu", teacher: bool = False) -> dict:
-    """What `save` wrote under these settings; no stranger's code is run. Raises UserError."""
-    if not path.exists():
-        raise UserError(f"there is no {path}; {hint}")
+def load(path: Path, settings: dict, hint: str, device="cpu", mmap: bool = False) -> dict:
+    """The dictionary that `save` wrote, with these settings among its own; weights_only: no code in
+    the file is run. Raises UserError."""
     try:
-        with zipfile.ZipFile(path) as records:  # torch.load does not look at their CRCs
-            if records.testzip():
-                raise ValueError("wrong CRC")
-        content = torch.load(path, device, mmap=teacher, weights_only=True)
-        if content.get("format") != FORMAT:
-            raise ValueError("of another version")
-        check(content, teacher)
-        found = content["settings"]
-    except (PermissionError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # torch raises half a dozen types for a damaged file
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path} is damaged or not iadd.py's ({why}); {hint}") from None
-    wrong = {
-        name: f"{name} {found.get(name)!s:.50}, not {x!s:.50}"
-        for name, x in settings.items()
-        if found.get(name) != x
-    }
-    if "fingerprint" in wrong:
-        raise UserError(f"{path} is of other images: delete its folder, or --runs DIR keeps both")
-    if wrong:
-        raise UserError(f"{path} has {few(wrong.values())}; {hint}")
+        content = torch.load(path, device, mmap=mmap, weights_only=True)
+        found = content.get("settings", {})
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}; {hint}") from None
+    except Exception as error:  # of the system, or one of the many that torch raises
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
+    for name, x in settings.items():
+        if found.get(name) != x:
+            raise UserError(f"{path} has {name} {found.get(name)!s:.50}, not {x!s:.50}; {hint}")
     return content
 
 
-def check(content: dict, teacher: bool) -> None:
-    """Raises ValueError for what would otherwise give a wrong number without a word."""
-    settings = content["settings"]
-    if teacher:
-        fits = {"thetas": content["thetas"].shape[1:] == (settings["P"],)}
-    else:
-        labels = content["labels"]
-        fits = {
-            "images": content["images"].shape == (len(labels), *settings["shape"]),
-            "labels": labels.min() >= 0 and labels.max() < len(settings["classes"]),
-            "alpha": content["alpha"] > 0,
-            "W": content["W"].shape == (settings["P"],),
-        }
-    for name, x in content.items():
-        if torch.is_tensor(x) and not x.isfinite().all():
-            fits[name] = False
-    wrong = [name for name, good in fits.items() if not good]
-    if wrong:
-        raise ValueError(f"wrong shapes or values: {', '.join(wrong)}")
-
-
-def one_writer(folder: Path, args):
-    """The lock of a folder, for `with`. Raises UserError."""
+def lock(folder: Path, args) -> filelock.FileLock:
+    """Locks a folder, until the end of a `with` block. Raises UserError if another run has it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return filelock.FileLock(folder / f".lock{args.rank}").acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"another run writes to {folder}") from None
-    except (OSError, NotImplementedError) as error:  # a file system without locks
+    except (OSError, RuntimeError) as error:  # a file system without locks
         raise UserError(f"cannot lock {folder}, --runs DIR chooses another: {error}") from None
 
 
-def copies(inputs) -> list[Tensor]:
-    """Leaves of the same values."""
-    return [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
-
-
-def outcome(function, inputs) -> list[Tensor]:
-    """function(*inputs) less the first of them, as it counts how far a student comes from
-    where it starts (for a loss, () - (P,): odd, and enough), and the gradients of the
-    square of that."""
-    inputs = copies(inputs)
-    moved = function(*inputs) - inputs[0].detach()
-    learned = [x for x in inputs if x.requires_grad]
-    return [moved.detach(), *torch.autograd.grad(moved.square().sum(), learned)]
-
-
-def attempt(what: str, make, plain, inputs):
-    """make(plain), which is faster; or if it fails, or with these inputs is off by half, a
-    line that says so, and `plain`."""
-    try:
-        fast = make(plain)
-        pairs = zip(outcome(fast, inputs), outcome(plain, inputs))
-        # bf16 rounds by 0.15 on the way; what is wrong is off by more
-        if all((a - b).norm() <= 0.5 * b.norm() for a, b in pairs):
-            return fast
-        why = "it gives other results"
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # no C++ compiler, no Triton, an unsupported Python, ...
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:99]
-    print(f"without {what}: {why}", file=sys.stderr)
-    return plain
-
-
-def compiled(function):
+def compiled(function, inputs):
     """A loss or a `Student`, to be compiled when it is first called."""
+    torch.compiler.reset()  # a process may compile one function for eight networks only
     if not isinstance(function, Student):
         return torch.compile(function, dynamic=False)
     student = copy.copy(function)
@@ -882,80 +830,87 @@ def compiled(function):
     return student
 
 
-def recorded(function, inputs):
+def captured(function, inputs):
     """A function as a CUDA graph: of fixed shapes, each call overwrites the last result."""
-    gc.collect()  # an old graph that Python frees only while this is recorded spoils it
+    gc.collect()  # an old graph that Python frees only during the capture would spoil it
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.11 sees a stream of its own and wonders
-        graph = torch.cuda.make_graphed_callables(function, tuple(copies(inputs)))
-
-    def replay(*inputs):
-        # alpha, a leaf, would keep memory as its .grad that the next replay overwrites
-        return graph(*(1 * x if x.dim() == 0 else x for x in inputs))
-
-    return replay
+        warnings.simplefilter("ignore")  # torch 2.11 warns of its own side stream
+        return torch.cuda.make_graphed_callables(function, copy.deepcopy(inputs))
 
 
-def accelerated(plain, inputs, images: int, wanted: bool | None):
-    """plain, compiled, and on a GPU as a CUDA graph. inputs: examples. wanted: --compile,
-    --no-compile (nor a graph), or None to compile if `images` in all steps that are left
-    repay the minute that it takes (which rounds otherwise). Without any images it is never
-    compiled."""
-    if wanted is False:
-        return plain
-    gpu = inputs[0].is_cuda
-    fast = plain
-    if images > 0 and (wanted or images >= (3_000_000 if gpu else 120_000)):
-        print("compiling first, up to a minute (--no-compile does without)", file=sys.stderr)
-        torch.compiler.reset()  # a process may compile one function for eight networks only
-        fast = attempt("torch.compile", compiled, plain, inputs)
-    if gpu:
-        fast = attempt("CUDA graphs", functools.partial(recorded, inputs=inputs), fast, inputs)
-    return fast
+def accelerated(function, inputs: tuple, args):
+    """A loss or a `Student`, compiled and on a GPU captured as a CUDA graph, for inputs, all
+    leaves, like these. What raises an error is left out with a warning."""
+    ways = {"torch.compile": compiled, "CUDA graphs": captured}
+    if args.command == "distill" and not isinstance(function, Student):  # --eval-every
+        del ways["torch.compile"]  # its reset would undo the compiled student
+    if not inputs[0].is_cuda:
+        del ways["CUDA graphs"]
+    for name, way in ways.items() if args.compile else []:
+        print(f"{name}: up to a minute (--no-compile leaves it out)", file=sys.stderr)
+        try:
+            faster = way(function, inputs)
+            # sum() alone has a gradient of stride 0, for which torch.compile would compile again
+            faster(*inputs).square().sum().backward()
+            function = faster
+        except Exception as error:  # no C++ compiler, no Triton, an unsupported Python, ...
+            print(f"without {name}: {one_line(error)}", file=sys.stderr)
+    return function
 
 
-def fast_loss(net: nn.Module, images: ImageSet, epochs: int, args):
-    """The loss of a network, made faster for mini-batches of images and `epochs` in all."""
-    ell = cross_entropy(net, args.precision)
+def fast_loss(net: nn.Module, images: ImageSet, args) -> Loss:
+    """The loss of a network, made faster for mini-batches of these images."""
     inputs = (flat_parameters(net).requires_grad_(), *images[: args.batch_real])
-    return accelerated(ell, inputs, epochs * len(images), args.compile)
+    return accelerated(cross_entropy(net, args.precision), inputs, args)
 
 
-def fast_student(net: nn.Module, theta: Tensor, d: Distillation, m: Matching, args):
-    """The `Student` of a network, made faster; a step counts as 4 of training. theta: any."""
+def fast_student(net: nn.Module, d: Distillation, m: Matching, args) -> Student:
+    """The `Student` of a network, made faster for mini-batches of the distilled images."""
     J = m.J if d.images.is_cuda else 2  # a CUDA graph is of all steps
-    inputs = (theta.to(d.images.device), d.alpha, *student_batches(d.images, d.labels, m.batch, J))
-    images = 4 * (args.iterations - d.t) * m.S * m.J * m.batch
-    return accelerated(Student(cross_entropy(net, args.precision)), inputs, images, args.compile)
+    x, y = student_batches(d.images, d.labels, m.batch, J)
+    learned = [z.detach().clone().requires_grad_() for z in (flat_parameters(net), d.alpha, x)]
+    return accelerated(Student(cross_entropy(net, args.precision)), (*learned, y), args)
 
 
 def tune(device: torch.device) -> None:
-    """cuDNN times its convolutions and chooses. glibc's malloc keeps large blocks that are
-    freed: the system would clear every page before it gave it out again, up to half of a
-    step's time."""
+    """Lets cuDNN time its convolutions and choose, and glibc's malloc keep large blocks that are
+    freed: the system would clear each page before reuse, up to half of a step's time."""
     torch.backends.cudnn.benchmark = True
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # CUDA graphs are recorded on the current one
+        torch.cuda.set_device(device)  # CUDA graphs are captured on the current one
     elif sys.platform == "linux":
-        malloc = ctypes.CDLL(None)
-        malloc.mallopt(-4, 0)  # M_MMAP_MAX
-        malloc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-        malloc.mallopt(-8, 1)  # M_ARENA_MAX: what one thread frees is for all
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # musl has none
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+            libc.mallopt(-8, 1)  # M_ARENA_MAX: what one thread frees is for all
+
+
+def distributed() -> bool:
+    """Whether torchrun started several processes. (Some builds of torch cannot.)"""
+    return dist.is_available() and dist.is_initialized()
 
 
 def sum_over_ranks(*tensors: Tensor | None) -> None:
-    """In place, over the processes of torchrun; everybody waits for it."""
-    if torch.distributed.is_initialized():
+    """In place, over the processes of torchrun; each waits for all."""
+    if distributed():
         for x in tensors:
-            if x is not None:  # only IADD has a gradient in W
-                torch.distributed.all_reduce(x)
+            if x is not None:  # only IADD has a gradient with respect to W
+                dist.all_reduce(x)
+
+
+def broadcast(*tensors: Tensor) -> None:
+    """In place, from rank 0 to the other processes of torchrun."""
+    if distributed():
+        for x in tensors:
+            dist.broadcast(x, 0)
 
 
 # ---- 10. Commands ------------------------------------------------------------------------
 
 
 def new_network(arch: str, data: Dataset, args) -> nn.Module:
-    """On the device. Raises UserError if the images are too small for it."""
+    """A network on the device. Raises UserError if the images are too small for it."""
     sizes = {"width": args.width} if arch == "convnet" else {}
     try:
         return ARCHITECTURES[arch](data.shape, len(data.classes), **sizes).to(args.device)
@@ -963,85 +918,101 @@ def new_network(arch: str, data: Dataset, args) -> nn.Module:
         raise UserError(f"{arch}: {error}") from None
 
 
-def check_ipc(ipc: int, data: Dataset) -> None:
-    """Raises UserError if a class has fewer training images."""
-    n, c = data.train[1].bincount().min(0)
-    if ipc > n:
-        raise UserError(f"IPC {ipc} is too large: {data.classes[c]} has {n} training images")
+def fill_in(args, settings: dict) -> None:
+    """Sets the options that were not given."""
+    for name, value in settings.items():
+        if getattr(args, name, value) is None:
+            setattr(args, name, value)
 
 
-def prepare(args) -> tuple[Dataset, dict, Path]:
-    """The data; what settings teachers and results share; their folder. Raises UserError for
-    whatever can be known by then."""
+def start(args, found: dict) -> tuple[Dataset, dict, Path]:
+    """Loads the dataset and fills in the options that were not given: with the settings `found` in
+    a file of --distilled, else the preset. Returns the dataset, the settings that teachers and
+    results share, and the folder of both. Raises UserError."""
+    as_distill_reads = args.command == "teachers" and args.ipc and not args.epochs
+    fill_in(args, found)
+    fill_in(args, {"dataset": "cifar10", "ipc": 1})
     data = load_dataset(args.dataset, args.data_dir, args.size, args.classes)
-    sets = f"{len(data.train[1])} training and {len(data.test[1])} test images"
-    print(f"{data.name}: {sets} of {few(data.classes)}")
-    check_ipc(args.ipc, data)
-    zca = args.whiten
-    if zca is None:  # not typed
-        zca = args.zca and data.shape[1] <= 32
-    D = math.prod(data.shape)
-    if zca and D > 3072:
-        cost = f"ZCA of {D} numbers: about {60 * (D / 7000) ** 3:.0f} s, {40e-9 * D * D:.1f} GB"
-        if D > 7000:
-            raise UserError(f"{cost}: use --no-zca, or a smaller --size")
-        print(cost)
-    P = len(flat_parameters(new_network("convnet", data, args)))
+    settings = preset(args.dataset, args.ipc, data.shape[1])
+    if args.command == "distill":
+        del settings["teachers"]  # all there are
+    fill_in(args, settings)
+    fill_in(args, {"name": f"ipc{args.ipc}_{args.method}_seed{args.seed}"})
+    if as_distill_reads:
+        args.epochs = args.max_start_epoch - 1 + args.expert_epochs
+    print(f"{data.name}: {len(data.train[1])} training and {len(data.test[1])} test images")
+    n, c = data.train[1].bincount().min(0)
+    if args.ipc > n:
+        raise UserError(f"IPC {args.ipc} is too large: {data.classes[c]} has {n} training images")
+    if args.zca and math.prod(data.shape) > 7000:
+        raise UserError("ZCA of such images takes minutes to hours: --no-zca, or a smaller --size")
     shared = {
+        "version": VERSION,
         "dataset": data.name,
-        "fingerprint": fingerprint(data.train),
+        "image_checksum": zlib.crc32(data.train[0].numpy()),
         "classes": data.classes,
         "shape": list(data.shape),
-        "zca": zca,
+        "zca": args.zca,
         "width": args.width,
-        "P": P,
     }
-    name = "-".join([data.name, *data.classes]) if args.classes else data.name
-    if len(name) > 60:  # too long for a folder
-        name = f"{name[:30]}-{len(data.classes)}-{zlib.crc32(name.encode()):08x}"
+    name = "-".join([data.name, *sorted(set(args.classes))])[:60]
     if args.size:
         name += f"-{args.size}px"
-    return data, shared, args.runs / f"{name}_{'zca' if zca else 'std'}_w{args.width}"
+    return data, shared, args.runs / f"{name}_{'zca' if args.zca else 'std'}_w{args.width}"
+
+
+def fit_normalisation(data: Dataset, args) -> Normalisation:
+    """Fitted on the training images. All processes use rank 0's, since the last bits of an
+    eigendecomposition depend on the number of threads."""
+    normalise = Normalisation.fit(data.train[0], args.zca, args.device)
+    broadcast(normalise.mean, normalise.scale)
+    return normalise
+
+
+def same_options(args, command: str) -> str:
+    """The command line of another command with the options of this one."""
+    return f"python {shlex.join([sys.argv[0], command, *args.options])}"
 
 
 def command_teachers(args) -> None:
     """Train teachers on the real data and keep their parameters at each epoch (Section 3.1)."""
-    data, settings, folder = prepare(args)
-    settings |= {
-        "lr_teacher": args.lr_teacher,
-        "batch_real": args.batch_real,
-        "seed": args.seed,
-        "precision": args.precision,
-    }
-    shown = {**settings, "classes": len(data.classes)}
-    print(f"settings: {shown}, {args.epochs} epochs; {args.machine}")
-    mine = range(args.rank, args.teachers, args.ranks)  # teachers of this process
-    paths = [folder / f"teachers/{k:03d}.pt" for k in mine]
-    hint = "delete it, or --runs DIR chooses another folder"
-    with one_writer(folder / "teachers", args):
-        found = {path: [] for path in paths}
-        for path in filter(Path.exists, paths):
-            found[path] += load(path, settings, hint, teacher=True)["thetas"]
-        todo = [path for path in paths if len(found[path]) <= args.epochs]
-        print(f"{folder}/teachers: {len(paths) - len(todo)} of {len(paths)} are complete")
-        if not todo:
+    data, settings, folder = start(args, {})
+    for name in ("lr_teacher", "batch_real", "precision"):
+        settings[name] = getattr(args, name)
+    print(f"settings: {settings}, {args.epochs} epochs; {args.machine}")
+    hint = "--runs DIR keeps both"
+    with lock(folder / "teachers", args):
+        todo = []
+        for k in range(args.rank, args.teachers, args.ranks):  # teachers of this process
+            path = folder / f"teachers/{k:03d}.pt"
+            done = 0
+            if path.exists():
+                done = len(load(path, settings, hint, mmap=True)["thetas"]) - 1
+            if done < args.epochs:
+                todo.append(path)
+        left = torch.tensor(len(todo))
+        sum_over_ranks(left)
+        print(f"{folder}/teachers: {left} of {args.teachers} are to be trained")
+        if left == 0:
             return
-        normalise = Normalisation.fit(data.train[0], settings["zca"], args.device)
+        normalise = fit_normalisation(data, args)
         images = normalise.image_set(*data.train)
         test = normalise.image_set(*data.test)
         net = new_network("convnet", data, args)
-        ell = fast_loss(net, images, len(todo) * args.epochs, args)
+        ell = fast_loss(net, images, args)
         for path in todo:
-            seed = (args.seed, "teacher", int(path.stem))
+            seed = (0, "teacher", int(path.stem))  # whatever --seed is: results share teachers
             seed_all(*seed)
-            thetas = found[path] or [flat_parameters(new_network("convnet", data, args)).cpu()]
+            thetas = [flat_parameters(new_network("convnet", data, args)).cpu()]
+            if path.exists():
+                thetas = list(load(path, settings, hint)["thetas"])
             saved = time.time()
             epochs = range(len(thetas) - 1, args.epochs)
-            for epoch in progress(epochs, f"teacher {path.stem}", unit="epoch", leave=False):
+            for epoch in tqdm(epochs, f"teacher {path.stem}", unit="epoch", leave=False):
                 seed_all(*seed, "epoch", epoch)
                 theta = train_teacher(ell, thetas[-1], images, args.lr_teacher, args.batch_real)
                 if not theta.isfinite().all():
-                    raise UserError(f"teacher {path.stem} diverged: lower --lr-teacher")
+                    raise UserError(f"teacher {path.stem} diverged: lower --lr-teacher, new --runs")
                 thetas.append(theta)
                 if epoch + 1 == args.epochs or time.time() > saved + CHECKPOINT_SECONDS:
                     save({"thetas": torch.stack(thetas), "settings": settings}, path)
@@ -1051,117 +1022,134 @@ def command_teachers(args) -> None:
 
 
 def load_teachers(args, folder: Path, shared: dict) -> list[Tensor]:
-    """The part of each trajectory that will be read, (epochs + 1, P). Raises UserError."""
-    epochs = args.max_start - 1 + args.K
-    paths = sorted(folder.glob("[0-9]*.pt"))[: args.first]
-    n = args.first or len(paths) or args.teachers
-    hint = f"run first: python iadd.py teachers --ipc {args.ipc} --epochs {epochs} --teachers {n}, "
-    hint += "with the same options on data and network"
-    teachers = [load(path, shared, hint, teacher=True)["thetas"][: epochs + 1] for path in paths]
-    if len(teachers) < (args.first or 1) or min(map(len, teachers)) <= epochs:
-        raise UserError(f"{len(paths)} teachers in {folder}, too few or short; {hint}")
+    """The epochs of each teacher that will be read, (epochs + 1, P), memory-mapped."""
+    epochs = args.max_start_epoch - 1 + args.expert_epochs
+    paths = sorted(folder.glob("[0-9]*.pt"))[: args.teachers]
+    hint = f"run first: {same_options(args, 'teachers')} --epochs {epochs}"
+    teachers = [load(path, shared, hint, mmap=True)["thetas"][: epochs + 1] for path in paths]
+    if len(teachers) < (args.teachers or 1) or min(map(len, teachers)) <= epochs:
+        raise UserError(f"{len(paths)} teachers in {folder}, too few or too short; {hint}")
     return teachers
+
+
+def matching_settings(args, N: int) -> Matching:
+    """From the names of the options to those of Algorithm 1. N: number of distilled images."""
+    return Matching(
+        J=args.steps,
+        K=args.expert_epochs,
+        max_start=args.max_start_epoch,
+        batch=min(args.batch or N, N),
+        alpha=args.alpha,
+        lr_alpha=args.lr_alpha,
+        lr_w=args.lr_w,
+        lr_img=args.lr_img,
+        S=args.segments,
+        method=args.method,
+        epsilon=args.epsilon,
+        seed=args.seed,
+    )
 
 
 def command_distill(args) -> None:
     """Distil a dataset into a few images per class (Algorithm 1)."""
-    data, settings, folder = prepare(args)
+    data, settings, folder = start(args, {})
     out = folder / args.name
     teachers = load_teachers(args, folder / "teachers", settings)
-    m = Matching(**{name: getattr(args, name) for name in Matching.__annotations__})
-    N = args.ipc * len(data.classes)
-    m.batch = min(args.batch or N, N)
+    m = matching_settings(args, args.ipc * len(data.classes))
     settings |= {**vars(m), "ipc": args.ipc, "precision": args.precision}
-    settings |= {"teachers": len(teachers), "teachers_fingerprint": fingerprint(teachers)}
-    shown = {**settings, "classes": len(data.classes)}
-    print(f"settings: {shown}, {args.iterations} iterations; {args.machine}")
-    with one_writer(out, args):
-        d, result = begin(args, data, m, settings, out / "distilled.pt")
+    settings["teachers"] = len(teachers)
+    last = torch.stack([thetas[-1] for thetas in teachers])
+    settings["teacher_checksum"] = zlib.crc32(last.numpy())
+    print(f"settings: {settings}, {args.iterations} iterations; {args.machine}")
+    with lock(out, args):
+        net = new_network("convnet", data, args)
+        P = len(flat_parameters(net))
+        d, result = start_or_resume(args, data, m, P, settings, out / "distilled.pt")
+        if d.t >= args.iterations:
+            print(f"{out}/distilled.pt is complete: iteration {d.t}")
+            return
         normalise = Normalisation(result["mean"], result["scale"])
-        student = fast_student(new_network("convnet", data, args), teachers[0][0], d, m, args)
-        mine = range(args.rank, m.S, args.ranks)  # segments of this process
-        log = result["log"]
+        student = fast_student(net, d, m, args)
+        segments = range(args.rank, m.S, args.ranks)  # of this process
         losses = []
         saved = time.time()
-        with progress(total=args.iterations, initial=d.t) as bar:
-            while d.t < args.iterations:  # Algorithm 1, lines 3 and 15
-                losses.append(iteration(d, student, teachers, m, mine))  # lines 4-14
-                bar.update()
-                last = d.t == args.iterations
-                tests = args.eval_every and d.t % args.eval_every == 0
-                if d.t % 10 > 0 and not last and not tests:
-                    continue  # to look at a number is to wait for a GPU
-                result |= state_of(d)
-                row = log_row(d, losses)
-                log.append(row)
-                losses = []
-                bar.set_postfix_str(f"loss {row[2]:.4g} alpha {row[3]:.4g}", refresh=False)
-                if tests:
-                    images = ImageSet(result["images"], d.labels)
-                    about = {"on": "distilled", "ipc": args.ipc, "iteration": d.t, "lr": row[3]}
-                    evaluate(args, data, normalise, images, {**about, "arch": "convnet"}, out)
-                if args.rank > 0:
-                    continue
-                np.savetxt(out / "log.csv", log, "%.17g", ",", header=",".join(LOG), comments="")
-                if last or d.t % (10 * math.ceil(args.iterations / 200)) == 0:  # 20 times
-                    draw(result["images"], normalise, args.ipc, out / f"images_{d.t:05d}.png")
-                if last or time.time() > saved + CHECKPOINT_SECONDS:
-                    save(result, out / "distilled.pt")
-                    saved = time.time()
-    print(f"{out}/distilled.pt is at iteration {d.t}, alpha {d.alpha:.5f}")
+        bar = tqdm(range(d.t + 1, args.iterations + 1), initial=d.t, total=args.iterations)
+        for t in bar:  # Algorithm 1, lines 3 and 15
+            losses.append(iteration(d, student, teachers, m, segments))  # lines 4-14
+            last = t == args.iterations
+            tests = args.eval_every and t % args.eval_every == 0
+            if t % 10 > 0 and not last and not tests:
+                continue  # to look at a number is to wait for a GPU
+            row = log_row(d, losses)
+            result["log"].append(row)
+            losses = []
+            bar.set_postfix(loss=row[2], alpha=row[3], refresh=False)
+            images = d.images.detach()
+            if tests:
+                images_now = ImageSet(images, d.labels)
+                source = TrainingSet("distilled", normalise, row[3], images_now, t)
+                evaluate(args, data, source, "convnet", out)
+            if args.rank > 0:
+                continue
+            if last or t % (10 * math.ceil(args.iterations / 200)) == 0:  # 20 times
+                draw(images, normalise, args.ipc, out / f"images_{t:05d}.png")
+            if last or time.time() > saved + CHECKPOINT_SECONDS:
+                save_checkpoint(d, result, out / "distilled.pt")
+                saved = time.time()
+    print(f"{out}/distilled.pt is at iteration {d.t}, alpha {d.alpha.item():.5f}")
 
 
-def begin(args, data: Dataset, m: Matching, settings: dict, path: Path):
-    """A distillation, new or as in the file at `path`, and what that holds. (Of many processes
-    some may find iteration 0 saved already: it is the same.)"""
-    if path.exists():
-        hint = "--teachers N takes the first N, --name NAME keeps both, or delete its folder"
-        result = load(path, settings, hint, args.device)
-        d = Distillation(result["images"], result["labels"], settings["P"], m)
-        d.alpha.data = result["alpha"]
-        d.W.data = result["W"]
+def start_or_resume(args, data: Dataset, m: Matching, P: int, settings: dict, path: Path):
+    """A distillation, new or as in the checkpoint at `path`, and what else that holds."""
+    exists = torch.tensor(path.exists())
+    broadcast(exists)  # rank 0 may be quicker than others, and write it
+    if exists:
+        result = load(path, settings, "--name NAME keeps both", args.device)
+        if result["W"].shape != (P,):
+            raise UserError(f"{path} has W of shape {tuple(result['W'].shape)}, not ({P},)")
+        d = Distillation(result["images"], result["labels"], P, m)
+        d.load_state_dict({name: result[name] for name in d.state_dict()})
         d.optimizer.load_state_dict(result["optimizer"])
         d.t = result["iteration"]
         return d, result
     seed_all(args.seed, "distill")
-    normalise = Normalisation.fit(data.train[0], settings["zca"], args.device)
+    normalise = fit_normalisation(data, args)
     images, labels = real_images(data, normalise, args.ipc)  # Algorithm 1, line 1
-    d = Distillation(images, labels, settings["P"], m)
+    broadcast(images)
     result = {
         "settings": settings,
         "machine": args.machine,
-        "log": [],
         "mean": normalise.mean,
         "scale": normalise.scale,
-        **state_of(d),
+        "real": images[:: args.ipc][:20].clone(),  # the first of each class, for `plot`
+        "log": [],
     }
+    d = Distillation(images, labels, P, m)
     if args.rank == 0:
         draw(images, normalise, args.ipc, path.parent / "images_00000.png")
-        save(result, path)
+        save_checkpoint(d, result, path)
     return d, result
 
 
-def state_of(d: Distillation) -> dict:
-    """All that changes from one iteration to the next."""
-    state = {
-        name: getattr(d, name).detach() for name in ("images", "labels", "alpha", "W", "mismatch")
-    }
-    return {**state, "iteration": d.t, "optimizer": d.optimizer.state_dict()}
+def save_checkpoint(d: Distillation, result: dict, path: Path) -> None:
+    """What `distill` resumes from, and `eval` and `plot` read."""
+    state = {"iteration": d.t, "optimizer": d.optimizer.state_dict()}
+    save({**result, **d.state_dict(), **state}, path)
 
 
 LOG = ("iteration", "time", "loss", "alpha", "W_min", "W_1pct", "W_median", "W_mean")
 
 
 def log_row(d: Distillation, losses: list[Tensor]) -> list[float]:
-    """A row of log.csv; its loss is the mean since the row before. Raises UserError."""
+    """A row of the log; its loss is the mean since the row before. Raises UserError."""
     loss = float(sum(losses) / len(losses))
-    finite = all(x.isfinite().all() for x in (losses[-1], d.alpha, d.images, d.W))
+    finite = losses[-1].isfinite() and flat_parameters(d).isfinite().all()
     if not finite or d.alpha <= 0:
         raise UserError(
-            f"diverged by iteration {d.t} (loss {loss:.4g}, alpha {d.alpha:.4g}): "
-            "lower the learning rates; the state last saved is kept"
+            f"diverged by iteration {d.t} (loss {loss:.4g}, alpha {d.alpha.item():.4g}); the last "
+            "checkpoint is kept: lower the learning rates and give the new run another --name"
         )
-    W = d.W.detach().sort().values  # quantile() of torch 2.6 does not take those of width 1024
+    W = d.W.detach().sort().values  # quantile() takes no more than 16 million
     spread = W[[0, len(W) // 100, len(W) // 2]].tolist()
     return [d.t, time.time(), loss, d.alpha.item(), *spread, W.mean().item()]
 
@@ -1187,130 +1175,217 @@ def herding(net: nn.Sequential, theta: Tensor, ipc: int, x: Tensor) -> Tensor:
     return torch.tensor(chosen)
 
 
+@dataclass
+class TrainingSet:
+    """What networks are trained on. on: "distilled", "random", "herding" or "full"; lr: the
+    learning rate, unless --lr is given; iteration: of the distilled images."""
+
+    on: str
+    normalise: Normalisation
+    lr: float
+    images: ImageSet | None = None
+    iteration: int | None = None
+
+
 def command_eval(args) -> None:
     """Train fresh networks on the distilled images, test them on real ones (Section 4.1)."""
-    data, shared, folder = prepare(args)
+    found = {}
+    if args.distilled:
+        found = load(args.distilled, {}, "--distilled takes a file").get("settings", {})
+        args.name = args.name or args.distilled.stem
+    data, shared, folder = start(args, found)
     for arch in args.arch:
-        new_network(arch, data, args)  # tells if the images are too small for it
-    if "herding" in args.on:
-        teacher = load(folder / "teachers/000.pt", shared, "train it first", teacher=True)
-        net = new_network("convnet", data, args)
-    ipc = args.ipc
+        new_network(arch, data, args)  # raises if the images are too small for it
+    result = {}
     if "distilled" in args.on:
-        path = args.distilled or folder / args.name / "distilled.pt"
-        wanted = shared
-        if args.distilled:  # from elsewhere, perhaps of another program
-            wanted = {name: shared[name] for name in ("classes", "shape", "zca")}
-        result = load(path, wanted, "distill makes it, with the same options", args.device)
-        normalise = Normalisation(result["mean"], result["scale"])
-        ipc = result["settings"]["ipc"]  # --name does not tell it
-        check_ipc(ipc, data)
-        print(f"{path}, iteration {result['iteration']}")
-    else:
-        normalise = Normalisation.fit(data.train[0], shared["zca"], args.device)
-    print(f"IPC {ipc}: test accuracy after the last epoch, mean ± std")
-    print("trained on  network         accuracy  networks  epochs        lr  seconds")
-    for on in args.on:
-        row = {"on": on, "ipc": ipc, "iteration": None, "lr": args.lr_teacher}
-        if on == "distilled":
-            images = ImageSet(result["images"], result["labels"])
-            row |= {"iteration": result["iteration"], "lr": result["alpha"].item()}
-        elif on == "full":
-            images = normalise.image_set(*data.train)
-        else:
-            choose = None
-            if on == "herding":
-                choose = functools.partial(herding, net, teacher["thetas"][-1], ipc)
-            images = ImageSet(*real_images(data, normalise, ipc, choose))
-        for arch in args.arch:
-            evaluate(args, data, normalise, images, {**row, "arch": arch}, folder / args.name)
-
-
-def evaluate(args, data: Dataset, normalise: Normalisation, images: ImageSet, row: dict, out: Path):
-    """Trains new networks on the images (on "random": others for each) and tests them. row: on,
-    arch, ipc, iteration, lr; with what they come to it is printed and added to results.jsonl."""
-    start = time.time()
+        result = load_distilled(args, data, shared, folder, found)
+    choose = {"random": None}
+    if "herding" in args.on:
+        hint = f"run first: {same_options(args, 'teachers')} --teachers 1"
+        theta = load(folder / "teachers/000.pt", shared, hint)["thetas"][-1]
+        net = new_network("convnet", data, args)
+        choose["herding"] = functools.partial(herding, net, theta, args.ipc)
+    out = folder / args.name
     out.mkdir(parents=True, exist_ok=True)
-    open(out / "results.jsonl", "a").close()  # it can be written to
-    on = row["on"]
-    arch = row["arch"]
-    lr = args.lr or row["lr"]
-    test = normalise.image_set(*data.test)
-    epochs = args.eval_epochs or (args.epochs if on == "full" else 1000)
-    net = new_network(arch, data, args)
-    alone = args.command == "eval"  # to compile within distill would undo what is compiled there
-    ell = fast_loss(net, images, args.nets * epochs if alone else 0, args)
+    open(out / "results.jsonl", "a").close()  # raises now, not after training, if it cannot
+    if "scale" in result:
+        normalise = Normalisation(result["mean"], result["scale"])
+    else:
+        normalise = fit_normalisation(data, args)
+    print("trained on  network         accuracy  networks  epochs        lr  seconds")
+    diverged = []
+    for on in args.on:
+        source = TrainingSet(on, normalise, args.lr_teacher)
+        if on == "distilled":
+            source.images = ImageSet(result["images"], result["labels"])
+            source.lr = result["alpha"]
+            source.iteration = result.get("iteration")
+        elif on == "full":
+            source.images = normalise.image_set(*data.train)
+        else:
+            source.images = ImageSet(*real_images(data, normalise, args.ipc, choose[on]))
+        for arch in args.arch:
+            if not evaluate(args, data, source, arch, out):
+                diverged.append(f"{arch} on {on}")
+    if diverged:
+        raise UserError(f"{', '.join(diverged)} diverged: lower --lr")
+
+
+def load_distilled(args, data: Dataset, shared: dict, folder: Path, found: dict) -> dict:
+    """The result of `distill` with these options, or the file of --distilled, whose settings are
+    `found`: `images`, normalised, (N, C, H, W), `labels`, class numbers (N,) or probabilities
+    (N, classes), the learning rate `alpha`, or --lr instead; perhaps `mean`, `scale`, `iteration`."""
+    wanted = {**shared, "ipc": args.ipc}
+    path = folder / args.name / "distilled.pt"
+    hint = f"run first: {same_options(args, 'distill')}"
+    if args.distilled:
+        path = args.distilled
+        hint = "give the options that made it"
+        wanted = {
+            name: wanted[name] for name in ("classes", "shape", "zca", "ipc") if name in found
+        }
+    result = load(path, wanted, hint, args.device)
+    images, labels = result.get("images"), result.get("labels")
     n = len(data.classes)
-    matrices = torch.zeros(args.nets, n, n, dtype=torch.int64)
-    mine = range(args.rank, args.nets, args.ranks)
-    for k in progress(mine, f"{arch} on {on}", unit="network", leave=False):
-        seed_all(args.seed, "eval", on, arch, k)
+    fits = (
+        torch.is_tensor(images)
+        and torch.is_tensor(labels)
+        and images.shape == (len(labels), *data.shape)
+        and labels.shape[1:] in ((), (n,))
+        and 0 <= labels.min() <= labels.max() < n
+    )
+    if not fits:
+        raise UserError(
+            f"{path} needs images (N, *{data.shape}) and labels of {n} classes, see README"
+        )
+    labels = labels.float() if labels.dim() == 2 else labels.long()
+    alpha = args.lr or float(result.get("alpha", 0))
+    if alpha <= 0:
+        raise UserError(f"{path} has no alpha above 0; --lr replaces it")
+    print(f"{path}: iteration {result.get('iteration')}")
+    return {**result, "images": images.detach().float(), "labels": labels.detach(), "alpha": alpha}
+
+
+def evaluate(args, data: Dataset, source: TrainingSet, arch: str, out: Path) -> bool:
+    """Trains new networks on the images (on "random": others each time), tests them, prints the
+    accuracy and appends it to results.jsonl. Prints and returns False if a network diverged."""
+    start = time.time()
+    images = source.images
+    lr = args.lr or source.lr
+    test = source.normalise.image_set(*data.test)
+    epochs = args.eval_epochs or (args.epochs if source.on == "full" else 1000)
+    net = new_network(arch, data, args)
+    ell = fast_loss(net, images, args)
+    classes = len(data.classes)
+    matrices = torch.zeros(args.nets, classes, classes, dtype=torch.int64)
+    networks = range(args.rank, args.nets, args.ranks)  # of this process
+    for k in tqdm(networks, f"{arch} on {source.on}", unit="network", leave=False):
+        seed_all(args.seed, "eval", source.on, arch, k)
         theta = flat_parameters(new_network(arch, data, args))
-        if on == "random":
-            images = ImageSet(*real_images(data, normalise, row["ipc"]))
+        if source.on == "random":
+            images = ImageSet(*real_images(data, source.normalise, args.ipc))
         theta = train_network(ell, theta, images, epochs, lr, args.batch_real)
-        if alone and not theta.isfinite().all():
-            raise UserError(f"{arch} diverged at the learning rate {lr:.4g}: lower --lr")
-        matrices[k] = confusion_matrix(net, theta, test)
+        if theta.isfinite().all():
+            matrices[k] = confusion_matrix(net, theta, test)
     sum_over_ranks(matrices)
+    if not matrices.sum((1, 2)).all():
+        tqdm.write(f"{source.on:<12}{arch:<10}diverged at the learning rate {lr:.4g}")
+        return False
     scores = [100 * matrix.trace().item() / len(test) for matrix in matrices]
-    mean = np.mean(scores)
-    std = np.std(scores, ddof=1) if len(scores) > 1 else 0.0
-    seconds = time.time() - start
     row = {
-        **row,
+        "on": source.on,
+        "arch": arch,
+        "ipc": args.ipc,
+        "iteration": source.iteration,
         "lr": lr,
+        "lr_given": args.lr is not None,
         "epochs": epochs,
         "seed": args.seed,
         "precision": args.precision,
-        "mean": mean,
-        "std": std,
+        "mean": np.mean(scores),
+        "std": np.std(scores, ddof=1) if len(scores) > 1 else 0.0,
         "accuracies": scores,
-        "seconds": seconds,
+        "seconds": time.time() - start,
         "confusion": matrices.sum(0).tolist(),
     }
     if args.rank == 0:
         with open(out / "results.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-    tqdm.write(
-        f"{on:<12}{arch:<10}{f'{mean:.1f} ± {std:.1f} %':>14}"
-        f"{args.nets:>10}{epochs:>8}{lr:>10.5f}{seconds:>9.0f}"
-    )
+            file.write("\n" + json.dumps(row))  # a line of its own, even after an incomplete one
+    accuracy = f"{row['mean']:.1f} ± {row['std']:.1f} %"
+    numbers = f"{args.nets:>10}{epochs:>8}{lr:>10.5f}{row['seconds']:>9.0f}"
+    tqdm.write(f"{source.on:<12}{arch:<10}{accuracy:>14}{numbers}")
+    return True
 
 
 def command_plot(args) -> None:
-    """Draw a distillation's course, its weights W beside what they weigh, and its images."""
-    from matplotlib.figure import Figure
+    """Draw curves of a distillation, its images before and after, and an animated GIF."""
+    folder = args.folder
+    hint = "give the folder of a result of distill"
+    result = load(folder / "distilled.pt", {"version": VERSION}, hint)
+    log = np.array(result["log"]).reshape(-1, len(LOG))
+    np.savetxt(folder / "log.csv", log, "%.17g", ",", header=",".join(LOG), comments="")
+    rows = []
+    for path in folder.glob("results.jsonl"):
+        lines = path.read_text().splitlines()
+        rows += [json.loads(x) for x in lines if x.endswith("}")]  # a killed run leaves half a line
+    draw_curves(result, log, rows, folder / "plot.png")
+    draw_pairs(result, folder / "pairs.png")
+    draw_gif(sorted(folder.glob("images_*.png")), folder / "evolution.gif")
+    print(f"{folder}: log.csv, plot.png, pairs.png, evolution.gif")
 
-    result = load(args.folder / "distilled.pt", {}, "give the folder of a result")
-    log = dict(zip(LOG, np.array(result["log"]).reshape(-1, len(LOG)).T))
+
+def draw_curves(result: dict, log: np.ndarray, rows: list[dict], path: Path) -> None:
+    """The log (rows, columns), the evaluations, and by parameter mismatch and W (Fig. 1, 6, 7)."""
+    iterations = log[:, 0]
+    parameters = np.arange(len(result["W"]))
+    curves = [
+        ("loss, Eq. (9), mean of ten iterations", iterations, log[:, 2]),
+        ("alpha, learning rate of the student", iterations, log[:, 3]),
+        ("1 - W", iterations, 1 - log[:, 4:]),
+        ("|student - teacher|, last iteration", parameters, result["mismatch"].abs()),
+        ("1 - W", parameters, 1 - result["W"]),
+    ]
     figure = Figure((18, 8), layout="constrained")
-    (loss, alpha, weights), (accuracy, mismatch, final) = figure.subplots(2, 3)
-    t = log["iteration"]
-    loss.plot(t, log["loss"])
-    loss.set_title("loss by iteration")
-    alpha.plot(t, log["alpha"])
-    alpha.set_title("alpha by iteration")
-    for name in LOG[4:]:  # of W
-        weights.plot(t, 1 - log[name], label=name)
-    weights.set_title("1 - W by iteration")
-    weights.legend()
-    tests = args.folder / "results.jsonl"
-    for row in map(json.loads, tests.open() if tests.exists() else []):
+    *panels, accuracy = figure.subplots(2, 3).ravel()
+    for axes, (label, x, y) in zip(panels, curves):
+        axes.plot(x, y, linewidth=0.5)
+        xlabel = "iteration" if x is iterations else "parameter, from the first layer on"
+        axes.set(xlabel=xlabel, ylabel=label)
+    panels[2].legend(LOG[4:])
+    for row in rows:
         if row["on"] == "distilled" and row["arch"] == "convnet":
-            accuracy.errorbar(row["iteration"], row["mean"], row["std"], fmt="C0o", capsize=3)
-    accuracy.set_title("test accuracy of new ConvNets by iteration, %")
-    mismatch.plot(result["mismatch"].abs(), linewidth=0.3)  # Fig. 1
-    mismatch.set_title("|student - teacher| by parameter, from the first layer on")
-    final.plot(1 - result["W"], linewidth=0.3)  # Fig. 6, 7
-    final.set_title("1 - W by parameter")
-    figure.savefig(args.folder / "plot.png", dpi=130)
-    pictures = map(Image.open, sorted(args.folder.glob("images_*.png")))
-    small = [x.reduce(math.ceil(max(x.size) / 1100)).quantize(128) for x in pictures]
-    path = args.folder / "evolution.gif"
-    if small:
-        small[0].save(path, save_all=True, append_images=small[1:], duration=250, loop=0)
-    print(f"{args.folder}/plot.png, {path}")
+            color = "C1" if row.get("lr_given") else "C0"
+            accuracy.errorbar(row["iteration"], row["mean"], row["std"], fmt="o", color=color)
+    accuracy.set(xlabel="iteration", ylabel="test accuracy of new ConvNets, % (orange: with --lr)")
+    figure.savefig(path, dpi=130)
+
+
+def draw_pairs(result: dict, path: Path) -> None:
+    """The first image of each class (at most 20), real above distilled."""
+    n = len(result["real"])
+    settings = result["settings"]
+    images = torch.cat([result["real"], result["images"][:: settings["ipc"]][:n]])
+    pixels = Normalisation(result["mean"], result["scale"]).inverse(images).clamp(0, 1)
+    grid = torchvision.utils.make_grid(pixels, nrow=n, padding=1, pad_value=1)
+    figure = Figure((n + 1, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(grid.permute(1, 2, 0), extent=(0, n, 0, 2))
+    axes.set_xticks(np.arange(n) + 0.5, settings["classes"][:n], rotation=30)
+    axes.set_yticks([0.5, 1.5], ["distilled", "real"])
+    figure.savefig(path, dpi=130)
+
+
+def draw_gif(pictures: list[Path], path: Path) -> None:
+    """An animated GIF of images_<iteration>.png."""
+    frames = []
+    for picture in pictures:
+        frame = Image.open(picture)
+        frame.thumbnail((1100, 1100))
+        frame = ImageOps.expand(frame, (0, 14, 0, 0), "white")
+        ImageDraw.Draw(frame).text((4, 2), picture.stem.replace("images_", "iteration "), "black")
+        frames.append(frame.quantize(128))
+    if frames:
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=250, loop=0)
 
 
 # ---- 11. Command line --------------------------------------------------------------------
@@ -1327,149 +1402,149 @@ def between(low: float, high: float, kind: type = float):
     return number
 
 
-def make_parser() -> argparse.ArgumentParser:
-    form = argparse.RawDescriptionHelpFormatter
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of teachers, distill and eval. Each command takes all of them, so that the
+    same can be given to the three, and uses those of its groups."""
     switch = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for function in (command_teachers, command_distill, command_eval, command_plot):
-        name = function.__name__.removeprefix("command_")
-        command = subparsers.add_parser(
-            name,
-            help=function.__doc__,
-            description=f"{function.__doc__} (In brackets: defaults)",
-            epilog=PRESETS,
-            formatter_class=form,
-        )
-        command.set_defaults(function=function, rank=0, ranks=1)
-
-    def add(names, flag, text, **options):
-        for name in names.split():
-            subparsers.choices[name].add_argument(flag, help=text, **options)
-
-    data = "teachers distill eval"
-    add(data, "--dataset", "below; or a folder {train,test}/*/* (cifar10)")
-    add(data, "--data-dir", "folder of data and downloads (data)", type=Path, default="data")
-    add(data, "--runs", "folder of all that is written (runs)", type=Path, default="runs")
-    add(data, "--classes", "those to use, of image files (all)", nargs="+", default=[])
-    text = "whiten by ZCA, or normalise each channel (preset; folders: ZCA up to 32 pixels a side)"
-    add(data, "--zca", text, dest="whiten", action=switch)
-    add(data, "--seed", "of everything random (0)", type=int, default=0)
-    add(data, "--compile", "torch.compile (if the run is long)", action=switch)
-    add(data, "--precision", "(bf16 if the device has it)", choices=["float32", "bf16"])
-    add(data, "--device", "cpu, cuda, cuda:1, ... (cuda where there is one)")
     whole = between(1, 10**6, int)
     rate = between(0, 1e30)
     above_zero = between(1e-12, 1e30)
-    for names, flag, kind, text in [
-        (data, "--ipc", whole, "distilled images per class (1); for teachers: --epochs"),
-        (data, "--size", between(1, 512, int), "pixels a side of image files (covid 112)"),
-        (data, "--width", whole, "channels of the ConvNet (preset, 128 in the paper)"),
-        ("teachers", "--teachers", whole, "how many (preset, 200 in the paper)"),
-        ("teachers", "--epochs", whole, "of each (preset; with --ipc those distill reads)"),
-        ("teachers", "--lr-teacher", above_zero, "learning rate, plain SGD (preset, .01)"),
-        ("teachers", "--batch-real", whole, "images a step (preset, 256)"),
-        ("distill", "--iterations", whole, "T (preset, 5000 in the paper)"),
-        ("distill", "--batch", whole, "distilled images a step (preset, 0: all)"),
-        ("distill", "--lr-img", rate, "learning rate of the images (preset)"),
-        ("distill", "--lr-alpha", rate, "learning rate of alpha (preset)"),
-        ("distill", "--alpha", above_zero, "alpha_0, its first value (preset)"),
-        ("distill", "--eval-every", whole, "iterations between evaluations (none)"),
-        ("distill eval", "--eval-epochs", whole, "of each network (1000; on full the preset's 50)"),
-        ("distill eval", "--lr", above_zero, "of networks (alpha; on real images the teachers')"),
-    ]:
-        add(names, flag, text, type=kind)
-    for flag, letter, text in [
-        ("--steps", "J", "J, student steps an iteration (preset)"),
-        ("--expert-epochs", "K", "K, teacher epochs to the target (preset)"),
-        ("--max-start-epoch", "max_start", "I+, starts are below it (preset)"),
-        ("--teachers", "first", "use the first so many (all)"),
-    ]:
-        add("distill", flag, text, dest=letter, type=whole)
-    add("distill", "--segments", "S, starts averaged (1)", dest="S", type=whole, default=1)
-    add("distill", "--lr-w", "learning rate of W (1e-4, Section 4.1)", type=rate, default=1e-4)
-    add("distill", "--epsilon", "ddpp: share dropped (0.1)", type=between(0, 1), default=0.1)
-    add("distill eval", "--nets", "networks to train (5)", type=whole, default=5)
-    add("distill eval", "--method", "(iadd)", choices=["iadd", "mtt", "ddpp"], default="iadd")
-    text = "of a result's folder (ipc<IPC>_<method>_seed<seed>; eval: seed0)"
-    add("distill eval", "--name", text)
     sets = ["distilled", "random", "herding", "full"]
-    add("eval", "--on", "(distilled)", nargs="+", choices=sets, default=["distilled"])
-    add("eval", "--arch", "(convnet)", nargs="+", choices=ARCHITECTURES, default=["convnet"])
-    add("eval", "--distilled", "from elsewhere (in --runs)", type=Path, metavar="FILE")
-    add("plot", "folder", "of a result, with distilled.pt", type=Path)
+
+    add = parser.add_argument_group("data and network (all three commands)").add_argument
+    add("--dataset", help="name of a preset below, or a folder {train,test}/*/* (cifar10)")
+    add("--data-dir", type=Path, default="data", help="folder of data and downloads (data)")
+    add("--classes", nargs="+", default=[], help="classes to use, of image files (all)")
+    add("--size", type=between(1, 512, int), help="pixels a side, of image files (covid: 112)")
+    add("--zca", action=switch, help="ZCA whitening, else each channel is normalised (preset)")
+    add("--ipc", type=whole, help="distilled images per class (1)")
+    add("--width", type=whole, help="channels of the ConvNet (preset; paper: 128)")
+
+    add = parser.add_argument_group("files and machine (all three commands)").add_argument
+    add("--runs", type=Path, default="runs", help="folder of everything written (runs)")
+    add("--name", help="name of the result's folder (ipc<IPC>_<method>_seed<seed>)")
+    add("--seed", type=int, default=0, help="random seed of everything but the teachers (0)")
+    add("--device", help="device: cpu, cuda, cuda:1, ... (cuda if there is one)")
+    text = "number format; float32 is TF32 in convolutions on CUDA (bf16 if the device has it)"
+    add("--precision", choices=["float32", "bf16"], help=text)
+    add("--compile", action=switch, help="torch.compile and CUDA graphs (all but shapes)")
+
+    add = parser.add_argument_group("teachers").add_argument
+    add("--teachers", type=whole, help="number of teachers (preset; distill: all there are)")
+    add("--epochs", type=whole, help="epochs of each (preset; with --ipc those distill reads)")
+    add("--lr-teacher", type=above_zero, help="learning rate, of SGD without momentum (preset)")
+    add("--batch-real", type=whole, help="batch size, in evaluations too (preset)")
+
+    add = parser.add_argument_group("distill").add_argument
+    add("--method", choices=["iadd", "mtt", "ddpp"], default="iadd", help="method (iadd)")
+    add("--iterations", type=whole, help="number of iterations T (preset; paper: 5000)")
+    add("--steps", type=whole, help="steps J of a student (preset)")
+    add("--expert-epochs", type=whole, help="epochs K of a teacher from start to target (preset)")
+    add("--max-start-epoch", type=whole, help="upper bound I+ of the start epoch i (preset)")
+    add("--segments", type=whole, default=1, help="segments S averaged in an iteration (1)")
+    add("--batch", type=whole, help="batch size of distilled images (preset; 0: all)")
+    add("--alpha", type=above_zero, help="initial learning rate of the student (preset)")
+    add("--lr-alpha", type=rate, help="learning rate of alpha, mu in Eq. (10) (preset)")
+    add("--lr-w", type=rate, default=1e-4, help="learning rate of W, eta in Eq. (11) (1e-4)")
+    add("--lr-img", type=rate, help="learning rate of the images, zeta in Eq. (12) (preset)")
+    add("--epsilon", type=between(0, 1), default=0.1, help="share that ddpp drops (0.1)")
+    add("--eval-every", type=whole, help="iterations from one evaluation to the next (none)")
+
+    add = parser.add_argument_group("eval, and distill --eval-every").add_argument
+    add("--on", nargs="+", choices=sets, default=sets[:1], help="training images (distilled)")
+    add("--arch", nargs="+", choices=ARCHITECTURES, default=["convnet"], help="networks (convnet)")
+    add("--nets", type=whole, default=5, help="number of networks of each kind (5)")
+    add("--eval-epochs", type=whole, help="epochs of each (1000; on full --epochs)")
+    add("--lr", type=above_zero, help="learning rate (alpha; on real images --lr-teacher)")
+    add("--distilled", type=Path, metavar="FILE", help="file to evaluate instead of a result")
+
+
+COMMANDS = {
+    "teachers": command_teachers,
+    "distill": command_distill,
+    "eval": command_eval,
+    "plot": command_plot,
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.set_defaults(rank=0, ranks=1)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, function in COMMANDS.items():
+        text = function.__doc__
+        command = commands.add_parser(name, help=text, description=text, formatter_class=form)
+        if name == "plot":
+            command.add_argument("folder", type=Path, help="folder of a result of distill")
+        else:
+            command.epilog = PRESETS
+            add_options(command)
     return parser
 
 
-def complete(args) -> None:
-    """Adds to args the device, the processes of torchrun and what was not typed. Nothing else
-    assigns to args. Raises UserError."""
-    launched = torch.distributed.is_torchelastic_launched()
+def set_up_device(args) -> None:
+    """Chooses device and precision, and joins the processes of torchrun. Raises UserError."""
+    launched = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
     if launched:
         args.rank = int(os.environ["RANK"])
         args.ranks = int(os.environ["WORLD_SIZE"])
-    if args.command == "distill" and args.ranks > args.S:
-        raise UserError(f"{args.ranks} processes need --segments {args.ranks} or more to share out")
+    if args.command == "distill" and args.ranks > args.segments:
+        raise UserError(f"{args.ranks} processes share out segments: give --segments {args.ranks}")
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else 0)
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device, dtype=torch.float64).item()  # W is float64
     except Exception as error:  # whatever a missing backend raises
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0][:99]}") from None
+        raise UserError(f"--device {name}: {one_line(error)}") from None
     tune(device)
-    args.device = device
     if launched:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(False)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         processor = torch.cuda.get_device_name(device)
     else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        test = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private: may be missing
+        has_bf16 = test is not None and test()
         processor = f"{torch.get_num_threads()} CPU threads"
+    args.device = device
     args.machine = f"torch {torch.__version__}, {args.ranks} x {processor}"
-    if args.precision is None:
-        args.precision = "bf16" if native else "float32"
-    if args.command == "eval" and args.distilled:
-        args.name = args.name or args.distilled.stem
-        if args.dataset is None:
-            args.dataset = load(args.distilled, {}, "a result is needed")["settings"]["dataset"]
-    if args.dataset is None:
-        args.dataset = "cifar10"
-    few_epochs = args.command == "teachers" and args.ipc and not args.epochs
-    args.ipc = args.ipc or 1
-    for key, value in preset(args.dataset, args.ipc).items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
-    if few_epochs:  # those that distill reads with the preset of this IPC
-        args.epochs = args.max_start - 1 + args.K
-    if args.command != "teachers":
-        seed = args.seed if args.command == "distill" else 0  # eval's is of its networks
-        args.name = args.name or f"ipc{args.ipc}_{args.method}_seed{seed}"
+    args.precision = args.precision or ("bf16" if has_bf16 else "float32")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """The command line. Returns 0, or 2 for what the user can correct, or 130 for Ctrl-C."""
     args = make_parser().parse_args(argv)
+    args.options = (argv or sys.argv[1:])[1:]
     stderr = sys.stderr
     try:
         if args.command != "plot":
-            complete(args)
+            set_up_device(args)
             if args.rank > 0:
                 sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (till the end)
-        args.function(args)
+        COMMANDS[args.command](args)
         return 0
     except KeyboardInterrupt:
-        print("iadd.py: interrupted; teachers and distill go on from the last minute", file=stderr)
+        print("iadd.py: interrupted; teachers and distill resume from a checkpoint", file=stderr)
         return 130
-    except (UserError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
-        if args.rank > 0:
-            time.sleep(5)  # if rank 0 says the same, torchrun ends this process meanwhile
-        print(f"iadd.py: error: {str(error) or 'out of memory'}", file=stderr)
-        return 2
+    except (UserError, OSError) as error:
+        message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        on_cpu = "DefaultCPUAllocator" in str(error)  # torch has no type for it
+        if not on_cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raise
+        message = (
+            "out of memory; less is needed with smaller --size, --width, --batch, --batch-real"
+        )
     finally:
         sys.stderr = stderr  # for a traceback
+    if args.rank > 0:
+        time.sleep(5)  # if rank 0 says the same, torchrun ends this process meanwhile
+    print(f"iadd.py: error: {message}", file=stderr)
+    return 2
 
 
 if __name__ == "__main__":
