@@ -1,24 +1,23 @@
-"""Importance-Aware Adaptive Dataset Distillation (IADD) in one file, to be read beside the paper.
+"""Importance-Aware Adaptive Dataset Distillation (IADD) in one file, to be read with the paper.
 
-    python iadd.py teachers --dataset cifar10   # 200 trajectories of a ConvNet     (Section 3.1)
-    python iadd.py distill --ipc 1              # the distilled images              (Algorithm 1)
-    python iadd.py eval --arch vgg11            # fresh networks, trained on them   (Section 4.1)
+    python iadd.py teachers --dataset cifar10  # 200 trajectories of a ConvNet    (Section 3.1)
+    python iadd.py distill --ipc 1             # the distilled images             (Algorithm 1)
+    python iadd.py eval --arch vgg11           # fresh networks, trained on them  (Section 4.1)
 
 Give the three commands the same options; each uses those of its groups (see --help). With
-`--dataset shapes` they take three minutes on two CPU cores, and `eval --on distilled random full`
-then prints 57.4 ± 5.5 % for networks trained on one distilled image per class, 29.5 ± 3.5 on one
-real image, 99.5 ± 0.2 on all 2,000. CIFAR-10, IPC 1, 50 teachers, T = 5000: 44.9 ± 0.9; the paper,
-with 200 teachers: 46.5 ± 1.1.
+`--dataset shapes` they take three minutes on two CPU cores; `eval --on distilled random full`
+prints 57.4 ± 5.5 % for one distilled image per class, 29.5 ± 3.5 for one real, 99.5 ± 0.2 for
+all 2,000. CIFAR-10, IPC 1, 50 teachers, T = 5000: 44.9 ± 0.9 (paper, 200: 46.5 ± 1.1).
 
 The paper: Guang Li, Ren Togo, Takahiro Ogawa, Miki Haseyama, Neural Networks 172, 2024, arXiv
-2401.15863; sections, equations, figures, tables and lines (of Algorithm 1) below are that paper's.
+2401.15863; sections, equations, figures, tables and lines (of Algorithm 1) are that paper's.
 Train many teachers on the real data and keep their parameters before training and after every
-epoch. Then take a few real images per class (IPC) and repeat T times: let a student start where a
-random teacher was after a random early epoch i, take J steps of gradient descent on the augmented
-distilled images, and see how far it ends from where the teacher was K epochs later. That squared
-distance, each parameter weighted by its importance W, divided by the squared distance that the
-teacher travelled, is back-propagated through all J steps into the images, the student's learning
-rate alpha and W. With W = 1 this is MTT [51], whose settings fill the paper's gaps.
+epoch. Then take a few real images per class (IPC) and repeat T times: let a student start where
+a random teacher was after a random early epoch i, take J steps of gradient descent on the
+augmented distilled images, and see how far it ends from where the teacher was K epochs later.
+That squared distance, each parameter weighted by its importance W, divided by the squared
+distance that the teacher travelled, is back-propagated through all J steps into the images, the
+student's learning rate alpha and W. With W = 1 this is MTT [51], whose settings fill the gaps.
 
 Glossary
     theta       all parameters of a network as one vector, (P,)       theta, theta~, Eq. (3)-(5)
@@ -32,19 +31,16 @@ Glossary
     max_start   a student starts at an epoch i < max_start            I+, --max-start-epoch
     S           segments of teachers, averaged; the paper: 1          --segments
 
-References, by their numbers in the paper (the data: [53] CIFAR, [80] Tiny ImageNet, [81] COVID-19)
-    [6], [7], [89]   AlexNet, Krizhevsky 2012; ResNet, He 2016; VGG, Simonyan 2015: arXiv 1409.1556
-    [47]   DSA: Zhao, Bilen, ICML 2021, arXiv 2102.08259
-    [51]   MTT: Cazenavette, Wang, Torralba, Efros, Zhu, CVPR 2022, arXiv 2203.11932
-    [54]   DDPP: Li, Togo, Ogawa, Haseyama, IEICE Transactions 2023, arXiv 2209.14609
-    [83]   herding: Chen, Welling, Smola, UAI 2010, arXiv 1203.3472
+References, numbered as in the paper; its data: [53] CIFAR, [80] Tiny ImageNet, [81] COVID-19
+    [6] AlexNet, Krizhevsky 2012; [7] ResNet, He 2016, arXiv 1512.03385; [89] VGG, Simonyan 2015,
+    arXiv 1409.1556; [47] DSA, Zhao 2021, arXiv 2102.08259; [51] MTT, Cazenavette 2022, arXiv
+    2203.11932; [54] DDPP, Li 2023, arXiv 2209.14609; [83] herding, Chen 2010, arXiv 1203.3472
 """
 
 import argparse
 import copy
 import ctypes
 import datetime
-import functools
 import gc
 import hashlib
 import json
@@ -74,7 +70,7 @@ from tqdm.auto import tqdm
 
 # ---- 1. The student: J steps of gradient descent, and the way back through them (Section 3.1)
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # theta (P,), x (B, C, H, W), y (B,) -> ()
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def flat_parameters(net: nn.Module) -> Tensor:
@@ -83,9 +79,9 @@ def flat_parameters(net: nn.Module) -> Tensor:
 
 
 def cross_entropy(net: nn.Module, precision: str = "float32") -> Loss:
-    """Returns ell(theta, x, y), the mean cross-entropy of `net` with the parameters theta on images
-    x with labels y. precision: "bf16" computes in bfloat16, "float32" in the dtype of theta.
-    ell raises RuntimeError if `net` has buffers, since only parameters are matched."""
+    """Returns ell(theta, x, y), the mean cross-entropy, (), of `net` with parameters theta (P,)
+    on images x (B, C, H, W) with labels y (B,), in bfloat16 ("bf16") or in the dtype of theta.
+    ell raises RuntimeError if `net` has buffers: only parameters are matched."""
     named = dict(net.named_parameters())
     sizes = [p.numel() for p in named.values()]
 
@@ -100,8 +96,8 @@ def cross_entropy(net: nn.Module, precision: str = "float32") -> Loss:
 
 
 class Student:
-    """student(theta, alpha, x, y) returns theta (P,) after J steps of gradient descent at learning
-    rate alpha (), one on each mini-batch of augmented images x (J, B, C, H, W), labels y (J, B)."""
+    """student(theta, alpha, x, y) returns theta (P,) after J steps of gradient descent with
+    learning rate alpha (), one on each mini-batch of images x (J, B, C, H, W), labels y (J, B)."""
 
     def __init__(self, ell: Loss):
         self.gradient = torch.func.grad(ell)  # of ell with respect to theta, (P,)
@@ -110,15 +106,15 @@ class Student:
         return theta - alpha * self.gradient(theta, x, y)  # Eq. (2)
 
     def step_back(self, v: Tensor, theta: Tensor, alpha: Tensor, x: Tensor, y: Tensor):
-        """The backward pass of `step`. v (P,) is the gradient of the loss L with respect to its
-        result; returned are those with respect to theta, alpha and x, which are (I - alpha H) v,
-        -<v, g> and -alpha (dg/dx)^T v, where g and H are gradient and Hessian of ell in theta."""
+        """The backward pass of `step`. v (P,) is the gradient of the loss L with respect to the
+        result of `step`; returned are those with respect to theta, alpha and x: (I - alpha H) v,
+        -<v, g> and -alpha (dg/dx)^T v, with gradient g and Hessian H of ell at theta."""
         g, pull_back = torch.func.vjp(lambda theta, x: self.gradient(theta, x, y), theta, x)
         Hv, dg_dx_v = pull_back(v)  # one vector-Jacobian product; H is symmetric
         return v - alpha * Hv, -(v @ g), -alpha * dg_dx_v
 
     def __call__(self, theta: Tensor, alpha: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        if not theta.requires_grad:  # as after a step: torch.compile would compile for both
+        if not theta.requires_grad:  # as later ones do; torch.compile would compile for both
             theta = theta.detach().requires_grad_()
         for x_j, y_j in zip(x, y):  # Algorithm 1, lines 6 and 10
             theta = StudentStep.apply(self, theta, alpha, x_j, y_j)  # lines 8, 9
@@ -126,8 +122,8 @@ class Student:
 
 
 class StudentStep(torch.autograd.Function):
-    """A step as autograd sees it. create_graph=True would keep the activations of all J steps; this
-    keeps the inputs of each and recomputes its activations, so that memory hardly grows with J."""
+    """A step as autograd sees it. create_graph=True would keep the activations of all J steps;
+    this keeps the inputs of each and recomputes its activations: memory hardly grows with J."""
 
     @staticmethod
     def forward(ctx, student, theta, alpha, x, y):
@@ -193,8 +189,8 @@ def iadd_loss(theta: Tensor, theta_start: Tensor, theta_target: Tensor, W: Tenso
 
 
 def importance_weights(m: Matching, W: Tensor, mismatch: Tensor) -> Tensor:
-    """The weights (P,) of a mismatch (P,). IADD learns them; MTT's [51] are 1; DDPP [54] drops what
-    is hardest to match: here the share epsilon, chosen for each start (the paper has no rule)."""
+    """The weights (P,) of a mismatch (P,). IADD learns them; MTT's [51] are 1; DDPP [54] drops
+    what is hardest to match: here the share epsilon, for each start (the paper has no rule)."""
     if m.method == "iadd":
         return W
     if m.method == "mtt":
@@ -232,7 +228,8 @@ def matching_loss(d: Distillation, student: Student, teachers: list[Tensor], m: 
     segment = random_segment(teachers, m.K, m.max_start)  # line 4
     theta_start, theta_target = segment.to(d.images.device)
     x, y = student_batches(d.images, d.labels, m.batch, m.J)  # line 7
-    theta = student(theta_start, d.alpha.clone(), x, y)  # lines 5, 6, 8-10
+    alpha = d.alpha.clone()  # the next replay of a CUDA graph overwrites gradients of leaves
+    theta = student(theta_start, alpha, x, y)  # lines 5, 6, 8-10
     d.mismatch = theta.detach() - theta_target  # as in Fig. 1
     weights = importance_weights(m, d.W, d.mismatch)
     return iadd_loss(theta, theta_start, theta_target, weights)  # lines 11-13
@@ -357,7 +354,7 @@ def convnet(shape, classes: int, width: int = 128) -> nn.Module:
     """The ConvNet of teachers and students (Section 4.1)."""
     depth = max(1, round(math.log2(shape[1])) - 2)  # 3 for 32 pixels a side, 4: 64, 5: 112
     net = plain_network(shape, classes, [(width, 3), "avg"] * depth)
-    if (*shape, classes, width) == (3, 32, 32, 10, 128):
+    if (shape, classes, width) == ((3, 32, 32), 10, 128):
         assert len(flat_parameters(net)) == 320_010  # Section 1
     return net
 
@@ -427,16 +424,6 @@ def train_network(ell: Loss, theta: Tensor, images, epochs: int, lr: float, batc
         optimizer.param_groups[0]["lr"] = lr / 10
         train(ell, theta, optimizer, images, epochs // 2, batch)
     return theta.detach()
-
-
-@torch.no_grad()
-def confusion_matrix(net: nn.Module, theta: Tensor, images: "ImageSet") -> Tensor:
-    """Entry (r, c): how many of the images of class r the network with theta takes for class c."""
-    nn.utils.vector_to_parameters(theta, net.parameters())
-    starts = range(0, len(images), 250)
-    scores = torch.cat([net(images[k : k + 250][0]) for k in starts])  # (N, classes)
-    n = scores.shape[1]
-    return torch.bincount(n * images.y + scores.argmax(1), minlength=n * n).view(n, n)
 
 
 # ---- 6. Normalisation and ZCA (Section 4.2); the real images to begin with ---------------
@@ -514,48 +501,45 @@ class UserError(Exception):
 
 
 # ---- 7. Settings: default < preset < command line ----------------------------------------
-# The paper's (Sections 4.1, 4.2, 4.5); lr_teacher, batch_real: MTT's; covid's T: a guess
-LARGE = {
-    "epochs": 50,
-    "lr_teacher": 0.01,
-    "batch_real": 256,
-    "iterations": 5000,
-    "width": 128,
-    "compile": True,
-}
-SMALL = {
-    "epochs": 10,
-    "lr_teacher": 0.02,
-    "batch_real": 64,
-    "iterations": 200,
-    "width": 32,
-    "compile": False,
-}
-# MTT's, and ZCA where MTT has it; covid: MTT's for 128 x 128 pixels; shapes: ours. batch 0: all
+# First table: the paper's (Sections 4.1, 4.2, 4.5); lr_teacher, batch_real: MTT's; covid's
+# iterations: a guess. Second: MTT's, ZCA where MTT has it; covid: MTT's for 128 x 128 pixels.
+# shapes: ours. batch 0: all
 PRESETS = """
-dataset      ipc teachers steps expert_epochs max_start_epoch lr_img lr_alpha alpha batch zca
-cifar10        1      200    50             2               2    100     1e-7   .01     0 True
-cifar10       10      200    30             2              20    100     1e-5  .001     0 True
-cifar10       50      200    30             2              40   1000     1e-5  .001     0 False
-cifar100       1      200    20             3              20   1000     1e-5   .01     0 True
-cifar100      10      200    20             2              20   1000     1e-5   .01     0 False
-cifar100      50      200    80             2              40   1000     1e-5   .01   125 True
-tinyimagenet   1      100    10             2              10  10000     1e-4   .01     0 False
-tinyimagenet  10      100    20             2              40  10000     1e-4   .01   200 False
-covid         20      100    20             2              10   1000     1e-6   .01     0 False
-shapes         1        6    10             2               4    300     1e-5   .03     0 False
+dataset      teachers epochs lr_teacher batch_real iterations width compile
+cifar10           200     50        .01        256       5000   128    True
+cifar100          200     50        .01        256       5000   128    True
+tinyimagenet      100     50        .01        256       5000   128    True
+covid             100     50        .01        256       5000   128    True
+shapes              6     10        .02         64        200    32   False
+
+dataset      ipc steps expert_epochs max_start_epoch lr_img lr_alpha alpha batch   zca
+cifar10        1    50             2               2    100     1e-7   .01     0  True
+cifar10       10    30             2              20    100     1e-5  .001     0  True
+cifar10       50    30             2              40   1000     1e-5  .001     0 False
+cifar100       1    20             3              20   1000     1e-5   .01     0  True
+cifar100      10    20             2              20   1000     1e-5   .01     0 False
+cifar100      50    80             2              40   1000     1e-5   .01   125  True
+tinyimagenet   1    10             2              10  10000     1e-4   .01     0 False
+tinyimagenet  10    20             2              40  10000     1e-4   .01   200 False
+covid         20    20             2              10   1000     1e-6   .01     0 False
+shapes         1    10             2               4    300     1e-5   .03     0 False
 """
 
 
 def preset(name: str, ipc: int, side: int) -> dict:
     """Settings of a dataset (of a folder: CIFAR-10's) at the largest IPC <= ipc, or at its
     smallest; ZCA only up to 32 pixels a side, since its cost grows with the sixth power."""
-    table = np.genfromtxt(PRESETS.splitlines(), dtype=None, names=True, encoding="utf-8")
-    rows = [row for row in table if row["dataset"] == name] or table[:3]  # CIFAR-10's
-    up_to_ipc = [row for row in rows if row["ipc"] <= ipc] or rows[:1]
-    settings = dict(zip(table.dtype.names, up_to_ipc[-1].item()))
+    if f"\n{name} " not in PRESETS:
+        name = "cifar10"
+    settings = {}
+    for text in PRESETS.split("\n\n"):
+        table = np.genfromtxt(text.splitlines(), dtype=None, names=True, encoding="utf-8")
+        table = table[table["dataset"] == name]
+        rows = [dict(zip(table.dtype.names, row.item())) for row in table]
+        up_to_ipc = [row for row in rows if row.get("ipc", 0) <= ipc] or rows[:1]
+        settings |= up_to_ipc[-1]
     settings["zca"] &= side <= 32
-    return {**settings, **(SMALL if name == "shapes" else LARGE)}
+    return settings
 
 
 # ---- 8. Datasets -------------------------------------------------------------------------
@@ -578,7 +562,7 @@ class Dataset:
 @dataclass
 class ImageSet:
     """Images and labels on a device: x, y = images[index], where x is network input. Stored
-    are network input (N, C, H, W) or, with `normalise`, uint8 images, a quarter of the size."""
+    is network input (N, C, H, W) or, with `normalise`, uint8 images, a quarter of the size."""
 
     x: Tensor
     y: Tensor
@@ -593,15 +577,15 @@ class ImageSet:
 
 
 def load_dataset(name: str, data_dir: Path, size: int | None = None, only=()) -> Dataset:
-    """A dataset of PRESETS or a folder of images, these resized to `size` x `size` pixels, and of
-    the classes `only` (default: all). Raises UserError."""
+    """A dataset of PRESETS or a folder of images, these of the classes `only` (default: all) and
+    resized to `size` x `size` pixels. Raises UserError."""
     if name in ("cifar10", "cifar100", "shapes"):
         if size or only:
             raise UserError(f"--size and --classes are for folders of images, not for {name}")
         return make_shapes() if name == "shapes" else load_cifar(name, data_dir)
     root = data_dir if name in ("tinyimagenet", "covid") else Path(name)
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}; --dataset takes one, or a name in --help")
+        raise UserError(f"there is no folder {root}; --help lists the other datasets")
     if name == "covid":  # Section 4.5
         return read_dataset(name, *list_covid(root, only), size or 112, "L")
     return read_dataset(Path(name).resolve().name, *list_folder(root, only), size, "RGB")
@@ -626,15 +610,16 @@ def load_cifar(name: str, data_dir: Path) -> Dataset:
 
 
 def list_images(folder: Path, only=()) -> tuple[list[str], list[tuple[str, int]]]:
-    """Classes, all or `only`, and (path, label) of each image in folder/<class>, as torchvision's
-    ImageFolder lists them, but without hidden files. Prints how many other files there are."""
-
-    def visible(path):
-        return f"{os.sep}." not in path.removeprefix(str(folder))
-
+    """Classes, all or `only`, and (path, label) of each image in folder/<class>, listed as
+    torchvision's ImageFolder does, but without hidden files. Counts what is not an image."""
     classes = sorted(set(only)) or [c for c in find_classes(folder)[0] if c[0] != "."]
     labels = {c: label for label, c in enumerate(classes)}
-    files = make_dataset(str(folder), labels, is_valid_file=visible, allow_empty=True)
+    files = make_dataset(
+        str(folder),
+        labels,
+        is_valid_file=lambda path: f"{os.sep}." not in path.removeprefix(str(folder)),
+        allow_empty=True,
+    )
     suffixes = tuple(Image.registered_extensions())
     images = [(path, label) for path, label in files if path.lower().endswith(suffixes)]
     others = sorted(set(files) - set(images))
@@ -717,8 +702,8 @@ def read_dataset(name: str, classes: list[str], train: list, test: list, size, m
         _, height, width = image.shape
         if image.shape != images[0].shape or height != width or width > 512:
             raise UserError(
-                f"{path} has {width} x {height} pixels; images must be square, of one size and at "
-                "most 512 pixels a side: --size N makes all N x N"
+                f"{path} has {width} x {height} pixels, but images must be square, of one size "
+                "and at most 512 pixels a side: --size N makes all N x N"
             )
     if unreadable:
         raise UserError(
@@ -793,8 +778,8 @@ def save(content: dict, path: Path) -> None:
 
 
 def load(path: Path, settings: dict, hint: str, device="cpu", mmap: bool = False) -> dict:
-    """The dictionary that `save` wrote, with these settings among its own; weights_only: no code in
-    the file is run. Raises UserError."""
+    """The dictionary that `save` wrote; its settings must contain these. weights_only: no code
+    in the file is run. Raises UserError."""
     try:
         content = torch.load(path, device, mmap=mmap, weights_only=True)
         found = content.get("settings", {})
@@ -809,7 +794,7 @@ def load(path: Path, settings: dict, hint: str, device="cpu", mmap: bool = False
 
 
 def lock(folder: Path, args) -> filelock.FileLock:
-    """Locks a folder, until the end of a `with` block. Raises UserError if another run has it."""
+    """Locks a folder for a `with` block. Raises UserError if another run has it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return filelock.FileLock(folder / f".lock{args.rank}").acquire(timeout=0)
@@ -850,7 +835,7 @@ def accelerated(function, inputs: tuple, args):
         print(f"{name}: up to a minute (--no-compile leaves it out)", file=sys.stderr)
         try:
             faster = way(function, inputs)
-            # sum() alone has a gradient of stride 0, for which torch.compile would compile again
+            # sum() alone has a gradient of stride 0: torch.compile would compile for that
             faster(*inputs).square().sum().backward()
             function = faster
         except Exception as error:  # no C++ compiler, no Triton, an unsupported Python, ...
@@ -873,8 +858,8 @@ def fast_student(net: nn.Module, d: Distillation, m: Matching, args) -> Student:
 
 
 def tune(device: torch.device) -> None:
-    """Lets cuDNN time its convolutions and choose, and glibc's malloc keep large blocks that are
-    freed: the system would clear each page before reuse, up to half of a step's time."""
+    """Lets cuDNN time its convolutions and choose, and glibc's malloc keep large freed blocks:
+    the system would clear each page before reuse, up to half of a step's time."""
     torch.backends.cudnn.benchmark = True
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current one
@@ -926,9 +911,9 @@ def fill_in(args, settings: dict) -> None:
 
 
 def start(args, found: dict) -> tuple[Dataset, dict, Path]:
-    """Loads the dataset and fills in the options that were not given: with the settings `found` in
-    a file of --distilled, else the preset. Returns the dataset, the settings that teachers and
-    results share, and the folder of both. Raises UserError."""
+    """Loads the dataset and fills in the options that were not given, from the settings `found`
+    in a file of --distilled, then from the preset. Returns the dataset, the settings that
+    teachers and results share, and the folder of both. Raises UserError."""
     as_distill_reads = args.command == "teachers" and args.ipc and not args.epochs
     fill_in(args, found)
     fill_in(args, {"dataset": "cifar10", "ipc": 1})
@@ -943,15 +928,12 @@ def start(args, found: dict) -> tuple[Dataset, dict, Path]:
     print(f"{data.name}: {len(data.train[1])} training and {len(data.test[1])} test images")
     n, c = data.train[1].bincount().min(0)
     if args.ipc > n:
-        raise UserError(f"IPC {args.ipc} is too large: {data.classes[c]} has {n} training images")
-    if args.zca and math.prod(data.shape) > 7000:
-        raise UserError("ZCA of such images takes minutes to hours: --no-zca, or a smaller --size")
+        raise UserError(f"IPC {args.ipc}: {data.classes[c]} has only {n} training images")
     shared = {
         "version": VERSION,
         "dataset": data.name,
         "image_checksum": zlib.crc32(data.train[0].numpy()),
         "classes": data.classes,
-        "shape": list(data.shape),
         "zca": args.zca,
         "width": args.width,
     }
@@ -1001,7 +983,7 @@ def command_teachers(args) -> None:
         net = new_network("convnet", data, args)
         ell = fast_loss(net, images, args)
         for path in todo:
-            seed = (0, "teacher", int(path.stem))  # whatever --seed is: results share teachers
+            seed = (0, "teacher", int(path.stem))  # not --seed: results share teachers
             seed_all(*seed)
             thetas = [flat_parameters(new_network("convnet", data, args)).cpu()]
             if path.exists():
@@ -1012,7 +994,7 @@ def command_teachers(args) -> None:
                 seed_all(*seed, "epoch", epoch)
                 theta = train_teacher(ell, thetas[-1], images, args.lr_teacher, args.batch_real)
                 if not theta.isfinite().all():
-                    raise UserError(f"teacher {path.stem} diverged: lower --lr-teacher, new --runs")
+                    raise UserError(f"teacher {path.stem} diverged: lower --lr-teacher")
                 thetas.append(theta)
                 if epoch + 1 == args.epochs or time.time() > saved + CHECKPOINT_SECONDS:
                     save({"thetas": torch.stack(thetas), "settings": settings}, path)
@@ -1033,7 +1015,7 @@ def load_teachers(args, folder: Path, shared: dict) -> list[Tensor]:
 
 
 def matching_settings(args, N: int) -> Matching:
-    """From the names of the options to those of Algorithm 1. N: number of distilled images."""
+    """From the names of the options to the paper's. N: number of distilled images."""
     return Matching(
         J=args.steps,
         K=args.expert_epochs,
@@ -1084,15 +1066,14 @@ def command_distill(args) -> None:
             result["log"].append(row)
             losses = []
             bar.set_postfix(loss=row[2], alpha=row[3], refresh=False)
-            images = d.images.detach()
             if tests:
-                images_now = ImageSet(images, d.labels)
-                source = TrainingSet("distilled", normalise, row[3], images_now, t)
+                images = ImageSet(d.images.detach(), d.labels)
+                source = TrainingSet("distilled", normalise, d.alpha.item(), images, t)
                 evaluate(args, data, source, "convnet", out)
             if args.rank > 0:
                 continue
             if last or t % (10 * math.ceil(args.iterations / 200)) == 0:  # 20 times
-                draw(images, normalise, args.ipc, out / f"images_{t:05d}.png")
+                draw(d.images.detach(), normalise, args.ipc, out / f"images_{t:05d}.png")
             if last or time.time() > saved + CHECKPOINT_SECONDS:
                 save_checkpoint(d, result, out / "distilled.pt")
                 saved = time.time()
@@ -1175,10 +1156,13 @@ def herding(net: nn.Sequential, theta: Tensor, ipc: int, x: Tensor) -> Tensor:
     return torch.tensor(chosen)
 
 
+SETS = ["distilled", "random", "herding", "full"]
+
+
 @dataclass
 class TrainingSet:
-    """What networks are trained on. on: "distilled", "random", "herding" or "full"; lr: the
-    learning rate, unless --lr is given; iteration: of the distilled images."""
+    """What networks are trained on. on: one of SETS; lr: the learning rate, unless --lr is given;
+    iteration: of the distilled images."""
 
     on: str
     normalise: Normalisation
@@ -1204,7 +1188,7 @@ def command_eval(args) -> None:
         hint = f"run first: {same_options(args, 'teachers')} --teachers 1"
         theta = load(folder / "teachers/000.pt", shared, hint)["thetas"][-1]
         net = new_network("convnet", data, args)
-        choose["herding"] = functools.partial(herding, net, theta, args.ipc)
+        choose["herding"] = lambda x: herding(net, theta, args.ipc, x)
     out = folder / args.name
     out.mkdir(parents=True, exist_ok=True)
     open(out / "results.jsonl", "a").close()  # raises now, not after training, if it cannot
@@ -1232,20 +1216,18 @@ def command_eval(args) -> None:
 
 
 def load_distilled(args, data: Dataset, shared: dict, folder: Path, found: dict) -> dict:
-    """The result of `distill` with these options, or the file of --distilled, whose settings are
-    `found`: `images`, normalised, (N, C, H, W), `labels`, class numbers (N,) or probabilities
-    (N, classes), the learning rate `alpha`, or --lr instead; perhaps `mean`, `scale`, `iteration`."""
-    wanted = {**shared, "ipc": args.ipc}
-    path = folder / args.name / "distilled.pt"
+    """The result of `distill` with these options, or the file of --distilled, whose settings
+    are `found`. It needs `images`, normalised, (N, C, H, W), `labels`, class numbers (N,) or
+    probabilities (N, classes), and `alpha` or --lr; it may have `mean`, `scale`, `iteration`."""
+    path = args.distilled or folder / args.name / "distilled.pt"
     hint = f"run first: {same_options(args, 'distill')}"
+    wanted = {**shared, "ipc": args.ipc}
     if args.distilled:
-        path = args.distilled
         hint = "give the options that made it"
-        wanted = {
-            name: wanted[name] for name in ("classes", "shape", "zca", "ipc") if name in found
-        }
+        wanted = {key: wanted[key] for key in ("classes", "zca", "ipc") if key in found}
     result = load(path, wanted, hint, args.device)
-    images, labels = result.get("images"), result.get("labels")
+    images = result.get("images")
+    labels = result.get("labels")
     n = len(data.classes)
     fits = (
         torch.is_tensor(images)
@@ -1256,19 +1238,29 @@ def load_distilled(args, data: Dataset, shared: dict, folder: Path, found: dict)
     )
     if not fits:
         raise UserError(
-            f"{path} needs images (N, *{data.shape}) and labels of {n} classes, see README"
+            f"{path} needs images (N, *{data.shape}), labels of {n} classes; see README"
         )
-    labels = labels.float() if labels.dim() == 2 else labels.long()
     alpha = args.lr or float(result.get("alpha", 0))
     if alpha <= 0:
         raise UserError(f"{path} has no alpha above 0; --lr replaces it")
     print(f"{path}: iteration {result.get('iteration')}")
-    return {**result, "images": images.detach().float(), "labels": labels.detach(), "alpha": alpha}
+    labels = labels.detach().float() if labels.dim() == 2 else labels.long()
+    return {**result, "images": images.detach().float(), "labels": labels, "alpha": alpha}
+
+
+@torch.no_grad()
+def confusion_matrix(net: nn.Module, theta: Tensor, images: "ImageSet") -> Tensor:
+    """Entry (r, c): how many images of class r the network with theta takes for class c."""
+    nn.utils.vector_to_parameters(theta, net.parameters())
+    starts = range(0, len(images), 250)
+    scores = torch.cat([net(images[k : k + 250][0]) for k in starts])  # (N, classes)
+    n = scores.shape[1]
+    return torch.bincount(n * images.y + scores.argmax(1), minlength=n * n).view(n, n)
 
 
 def evaluate(args, data: Dataset, source: TrainingSet, arch: str, out: Path) -> bool:
-    """Trains new networks on the images (on "random": others each time), tests them, prints the
-    accuracy and appends it to results.jsonl. Prints and returns False if a network diverged."""
+    """Trains new networks on the images ("random": others each time), tests them, prints the
+    accuracy and appends it to results.jsonl. Returns False if a network diverged."""
     start = time.time()
     images = source.images
     lr = args.lr or source.lr
@@ -1310,7 +1302,7 @@ def evaluate(args, data: Dataset, source: TrainingSet, arch: str, out: Path) -> 
     }
     if args.rank == 0:
         with open(out / "results.jsonl", "a") as file:
-            file.write("\n" + json.dumps(row))  # a line of its own, even after an incomplete one
+            file.write("\n" + json.dumps(row))  # its own line, even after an incomplete one
     accuracy = f"{row['mean']:.1f} ± {row['std']:.1f} %"
     numbers = f"{args.nets:>10}{epochs:>8}{lr:>10.5f}{row['seconds']:>9.0f}"
     tqdm.write(f"{source.on:<12}{arch:<10}{accuracy:>14}{numbers}")
@@ -1320,14 +1312,13 @@ def evaluate(args, data: Dataset, source: TrainingSet, arch: str, out: Path) -> 
 def command_plot(args) -> None:
     """Draw curves of a distillation, its images before and after, and an animated GIF."""
     folder = args.folder
-    hint = "give the folder of a result of distill"
-    result = load(folder / "distilled.pt", {"version": VERSION}, hint)
+    result = load(folder / "distilled.pt", {"version": VERSION}, "distill makes it")
     log = np.array(result["log"]).reshape(-1, len(LOG))
     np.savetxt(folder / "log.csv", log, "%.17g", ",", header=",".join(LOG), comments="")
     rows = []
     for path in folder.glob("results.jsonl"):
         lines = path.read_text().splitlines()
-        rows += [json.loads(x) for x in lines if x.endswith("}")]  # a killed run leaves half a line
+        rows += [json.loads(x) for x in lines if x.endswith("}")]  # a killed run leaves half
     draw_curves(result, log, rows, folder / "plot.png")
     draw_pairs(result, folder / "pairs.png")
     draw_gif(sorted(folder.glob("images_*.png")), folder / "evolution.gif")
@@ -1335,42 +1326,41 @@ def command_plot(args) -> None:
 
 
 def draw_curves(result: dict, log: np.ndarray, rows: list[dict], path: Path) -> None:
-    """The log (rows, columns), the evaluations, and by parameter mismatch and W (Fig. 1, 6, 7)."""
-    iterations = log[:, 0]
-    parameters = np.arange(len(result["W"]))
-    curves = [
-        ("loss, Eq. (9), mean of ten iterations", iterations, log[:, 2]),
-        ("alpha, learning rate of the student", iterations, log[:, 3]),
-        ("1 - W", iterations, 1 - log[:, 4:]),
-        ("|student - teacher|, last iteration", parameters, result["mismatch"].abs()),
-        ("1 - W", parameters, 1 - result["W"]),
-    ]
+    """The log (rows, columns), the evaluations, mismatch and W by parameter (Fig. 1, 6, 7)."""
     figure = Figure((18, 8), layout="constrained")
-    *panels, accuracy = figure.subplots(2, 3).ravel()
-    for axes, (label, x, y) in zip(panels, curves):
-        axes.plot(x, y, linewidth=0.5)
-        xlabel = "iteration" if x is iterations else "parameter, from the first layer on"
-        axes.set(xlabel=xlabel, ylabel=label)
-    panels[2].legend(LOG[4:])
+    top, (mismatch, weights, accuracy) = figure.subplots(2, 3)
+    labels = (
+        "loss, Eq. (9), mean of ten iterations",
+        "alpha, learning rate of the student",
+        "1 - W",
+    )
+    for axes, label, y in zip(top, labels, (log[:, 2], log[:, 3], 1 - log[:, 4:])):
+        axes.plot(log[:, 0], y)
+        axes.set(xlabel="iteration", ylabel=label)
+    top[2].legend(LOG[4:])
+    mismatch.plot(result["mismatch"].abs(), linewidth=0.3)
+    mismatch.set(xlabel="parameter, from the first layer on", ylabel="|student - teacher|")
+    weights.plot(1 - result["W"], linewidth=0.3)
+    weights.set(xlabel="parameter, from the first layer on", ylabel="1 - W")
     for row in rows:
         if row["on"] == "distilled" and row["arch"] == "convnet":
             color = "C1" if row.get("lr_given") else "C0"
             accuracy.errorbar(row["iteration"], row["mean"], row["std"], fmt="o", color=color)
-    accuracy.set(xlabel="iteration", ylabel="test accuracy of new ConvNets, % (orange: with --lr)")
+    accuracy.set(xlabel="iteration", ylabel="test accuracy of ConvNets, % (orange: --lr)")
     figure.savefig(path, dpi=130)
 
 
 def draw_pairs(result: dict, path: Path) -> None:
     """The first image of each class (at most 20), real above distilled."""
-    n = len(result["real"])
-    settings = result["settings"]
-    images = torch.cat([result["real"], result["images"][:: settings["ipc"]][:n]])
-    pixels = Normalisation(result["mean"], result["scale"]).inverse(images).clamp(0, 1)
-    grid = torchvision.utils.make_grid(pixels, nrow=n, padding=1, pad_value=1)
-    figure = Figure((n + 1, 3), layout="constrained")
+    real = result["real"]
+    n = len(real)
+    distilled = result["images"][:: result["settings"]["ipc"]][:n]
+    pixels = Normalisation(result["mean"], result["scale"]).inverse(torch.cat([real, distilled]))
+    grid = torchvision.utils.make_grid(pixels.clamp(0, 1), nrow=n, padding=1, pad_value=1)
+    figure = Figure((n + 1, 2.8), layout="constrained")
     axes = figure.subplots()
     axes.imshow(grid.permute(1, 2, 0), extent=(0, n, 0, 2))
-    axes.set_xticks(np.arange(n) + 0.5, settings["classes"][:n], rotation=30)
+    axes.set_xticks(np.arange(n) + 0.5, result["settings"]["classes"][:n], rotation=30)
     axes.set_yticks([0.5, 1.5], ["distilled", "real"])
     figure.savefig(path, dpi=130)
 
@@ -1403,43 +1393,38 @@ def between(low: float, high: float, kind: type = float):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of teachers, distill and eval. Each command takes all of them, so that the
-    same can be given to the three, and uses those of its groups."""
+    """Adds the options of teachers, distill and eval. Each command takes all, so that the same
+    can be given to the three, and uses those of its groups."""
     switch = argparse.BooleanOptionalAction
     whole = between(1, 10**6, int)
     rate = between(0, 1e30)
     above_zero = between(1e-12, 1e30)
-    sets = ["distilled", "random", "herding", "full"]
-
     add = parser.add_argument_group("data and network (all three commands)").add_argument
     add("--dataset", help="name of a preset below, or a folder {train,test}/*/* (cifar10)")
     add("--data-dir", type=Path, default="data", help="folder of data and downloads (data)")
     add("--classes", nargs="+", default=[], help="classes to use, of image files (all)")
-    add("--size", type=between(1, 512, int), help="pixels a side, of image files (covid: 112)")
-    add("--zca", action=switch, help="ZCA whitening, else each channel is normalised (preset)")
+    add("--size", type=between(1, 512, int), help="pixels a side of image files (covid: 112)")
+    add("--zca", action=switch, help="ZCA whitening (preset), else per-channel normalisation")
     add("--ipc", type=whole, help="distilled images per class (1)")
     add("--width", type=whole, help="channels of the ConvNet (preset; paper: 128)")
-
     add = parser.add_argument_group("files and machine (all three commands)").add_argument
     add("--runs", type=Path, default="runs", help="folder of everything written (runs)")
     add("--name", help="name of the result's folder (ipc<IPC>_<method>_seed<seed>)")
     add("--seed", type=int, default=0, help="random seed of everything but the teachers (0)")
     add("--device", help="device: cpu, cuda, cuda:1, ... (cuda if there is one)")
-    text = "number format; float32 is TF32 in convolutions on CUDA (bf16 if the device has it)"
+    text = "number format; on CUDA convolutions of float32 are TF32 (bf16 if there is any)"
     add("--precision", choices=["float32", "bf16"], help=text)
     add("--compile", action=switch, help="torch.compile and CUDA graphs (all but shapes)")
-
     add = parser.add_argument_group("teachers").add_argument
     add("--teachers", type=whole, help="number of teachers (preset; distill: all there are)")
-    add("--epochs", type=whole, help="epochs of each (preset; with --ipc those distill reads)")
-    add("--lr-teacher", type=above_zero, help="learning rate, of SGD without momentum (preset)")
+    add("--epochs", type=whole, help="epochs of each (preset; with --ipc what distill reads)")
+    add("--lr-teacher", type=above_zero, help="learning rate of SGD without momentum (preset)")
     add("--batch-real", type=whole, help="batch size, in evaluations too (preset)")
-
     add = parser.add_argument_group("distill").add_argument
     add("--method", choices=["iadd", "mtt", "ddpp"], default="iadd", help="method (iadd)")
     add("--iterations", type=whole, help="number of iterations T (preset; paper: 5000)")
     add("--steps", type=whole, help="steps J of a student (preset)")
-    add("--expert-epochs", type=whole, help="epochs K of a teacher from start to target (preset)")
+    add("--expert-epochs", type=whole, help="teacher epochs K from start to target (preset)")
     add("--max-start-epoch", type=whole, help="upper bound I+ of the start epoch i (preset)")
     add("--segments", type=whole, default=1, help="segments S averaged in an iteration (1)")
     add("--batch", type=whole, help="batch size of distilled images (preset; 0: all)")
@@ -1449,9 +1434,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--lr-img", type=rate, help="learning rate of the images, zeta in Eq. (12) (preset)")
     add("--epsilon", type=between(0, 1), default=0.1, help="share that ddpp drops (0.1)")
     add("--eval-every", type=whole, help="iterations from one evaluation to the next (none)")
-
     add = parser.add_argument_group("eval, and distill --eval-every").add_argument
-    add("--on", nargs="+", choices=sets, default=sets[:1], help="training images (distilled)")
+    add("--on", nargs="+", choices=SETS, default=SETS[:1], help="training images (distilled)")
     add("--arch", nargs="+", choices=ARCHITECTURES, default=["convnet"], help="networks (convnet)")
     add("--nets", type=whole, default=5, help="number of networks of each kind (5)")
     add("--eval-epochs", type=whole, help="epochs of each (1000; on full --epochs)")
@@ -1490,7 +1474,7 @@ def set_up_device(args) -> None:
         args.rank = int(os.environ["RANK"])
         args.ranks = int(os.environ["WORLD_SIZE"])
     if args.command == "distill" and args.ranks > args.segments:
-        raise UserError(f"{args.ranks} processes share out segments: give --segments {args.ranks}")
+        raise UserError(f"{args.ranks} processes need --segments {args.ranks} or more")
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -1507,7 +1491,7 @@ def set_up_device(args) -> None:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         processor = torch.cuda.get_device_name(device)
     else:
-        test = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private: may be missing
+        test = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # may be missing
         has_bf16 = test is not None and test()
         processor = f"{torch.get_num_threads()} CPU threads"
     args.device = device
@@ -1528,7 +1512,7 @@ def main(argv: list[str] | None = None) -> int:
         COMMANDS[args.command](args)
         return 0
     except KeyboardInterrupt:
-        print("iadd.py: interrupted; teachers and distill resume from a checkpoint", file=stderr)
+        print("iadd.py: interrupted; teachers and distill will resume", file=stderr)
         return 130
     except (UserError, OSError) as error:
         message = str(error)
@@ -1536,9 +1520,7 @@ def main(argv: list[str] | None = None) -> int:
         on_cpu = "DefaultCPUAllocator" in str(error)  # torch has no type for it
         if not on_cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
-        message = (
-            "out of memory; less is needed with smaller --size, --width, --batch, --batch-real"
-        )
+        message = "out of memory; smaller --size, --width, --batch, --batch-real need less"
     finally:
         sys.stderr = stderr  # for a traceback
     if args.rank > 0:
