@@ -1277,8 +1277,9 @@ def evaluate(args, data: Dataset, source: TrainingSet, arch: str, out: Path) -> 
         if source.on == "random":
             images = ImageSet(*real_images(data, source.normalise, args.ipc))
         theta = train_network(ell, theta, images, epochs, lr, args.batch_real)
-        if theta.isfinite().all():
-            matrices[k] = confusion_matrix(net, theta, test)
+        if not theta.isfinite().all():
+            break  # its matrix stays 0
+        matrices[k] = confusion_matrix(net, theta, test)
     sum_over_ranks(matrices)
     if not matrices.sum((1, 2)).all():
         tqdm.write(f"{source.on:<12}{arch:<10}diverged at the learning rate {lr:.4g}")
@@ -1287,7 +1288,7 @@ def evaluate(args, data: Dataset, source: TrainingSet, arch: str, out: Path) -> 
     row = {
         "on": source.on,
         "arch": arch,
-        "ipc": args.ipc,
+        "ipc": len(images) // classes,
         "iteration": source.iteration,
         "lr": lr,
         "lr_given": args.lr is not None,
