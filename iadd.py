@@ -2,9 +2,9 @@
 
     python iadd.py teachers --dataset cifar10  # 200 trajectories of a ConvNet    (Section 3.1)
     python iadd.py distill --ipc 1             # the distilled images             (Algorithm 1)
-    python iadd.py eval --arch vgg11           # fresh networks, trained on them  (Section 4.1)
+    python iadd.py eval --arch vgg11           # fresh networks, trained on them  (Section 4.4)
 
-Give the three commands the same options; each uses those of its groups (see --help). With
+Give the three commands the same options: each ignores those it does not need (see --help). With
 `--dataset shapes` they take three minutes on two CPU cores; `eval --on distilled random full`
 prints 57.4 ± 5.5 % for one distilled image per class, 29.5 ± 3.5 for one real, 99.5 ± 0.2 for
 all 2,000. CIFAR-10, IPC 1, 50 teachers, T = 5000: 44.9 ± 0.9 (paper, 200: 46.5 ± 1.1).
@@ -114,7 +114,9 @@ class Student:
         return v - alpha * Hv, -(v @ g), -alpha * dg_dx_v
 
     def __call__(self, theta: Tensor, alpha: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        if not theta.requires_grad:  # as later ones do; torch.compile would compile for both
+        # From the second step on theta requires a gradient; if the first did not, torch.compile
+        # would compile `step` for both
+        if not theta.requires_grad:
             theta = theta.detach().requires_grad_()
         for x_j, y_j in zip(x, y):  # Algorithm 1, lines 6 and 10
             theta = StudentStep.apply(self, theta, alpha, x_j, y_j)  # lines 8, 9
@@ -133,8 +135,8 @@ class StudentStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, v):
-        of_theta, of_alpha, of_x = ctx.student.step_back(v, *ctx.saved_tensors)
-        return None, of_theta, of_alpha, of_x, None  # a student and labels have no gradient
+        # the student and the labels have no gradient
+        return None, *ctx.student.step_back(v, *ctx.saved_tensors), None
 
 
 # ---- 2. The loss and Algorithm 1 (Sections 3.2, 3.3) -------------------------------------
@@ -154,7 +156,7 @@ class Matching:
     lr_img: float  # zeta, Eq. (12)
     S: int
     method: str  # "iadd", "mtt" or "ddpp"
-    epsilon: float  # DDPP's: Algorithm 1 lists it, and has no line that uses it
+    epsilon: float  # DDPP's: an input of Algorithm 1 that none of its lines uses
     seed: int
 
 
@@ -167,7 +169,7 @@ class Distillation(nn.Module):
         self.t = 0  # iterations done
         self.images = nn.Parameter(images.clone())  # Algorithm 1, line 1
         self.alpha = nn.Parameter(images.new_tensor(m.alpha))  # line 2
-        # All ones, the "unit vector" W_0; float32 would round away what a rate of 1e-4 subtracts
+        # W_0, the paper's "unit vector": all ones; in float32 updates at 1e-4 would vanish
         self.W = nn.Parameter(images.new_ones(P, dtype=torch.float64))
         self.register_buffer("labels", labels)
         self.register_buffer("mismatch", images.new_zeros(P))  # of the last student, for `plot`
@@ -181,8 +183,8 @@ class Distillation(nn.Module):
 
 def iadd_loss(theta: Tensor, theta_start: Tensor, theta_target: Tensor, W: Tensor) -> Tensor:
     """Eq. (9) with (7) and (8): ||W theta - W theta_target||^2 / ||theta_start - theta_target||^2.
-    All (P,). dL/dw = 2 w (theta - theta_target)^2 / ||...||^2 is not below 0 while w > 0: SGD only
-    lowers weights, and fastest where the mismatch is largest (Fig. 6, 7)."""
+    All (P,). dL/dw = 2 w (theta - theta_target)^2 / ||...||^2 is not negative for w > 0, so SGD
+    can only decrease weights, fastest where the mismatch is largest (Fig. 6, 7)."""
     assert theta.shape == theta_start.shape == theta_target.shape == W.shape
     weighted = W * (theta - theta_target)  # Algorithm 1, lines 11-13
     return weighted.square().sum() / (theta_start - theta_target).square().sum()
@@ -190,7 +192,7 @@ def iadd_loss(theta: Tensor, theta_start: Tensor, theta_target: Tensor, W: Tenso
 
 def importance_weights(m: Matching, W: Tensor, mismatch: Tensor) -> Tensor:
     """The weights (P,) of a mismatch (P,). IADD learns them; MTT's [51] are 1; DDPP [54] drops
-    what is hardest to match: here the share epsilon, for each start (the paper has no rule)."""
+    what is hardest to match: here the fraction epsilon of each segment (the paper has no rule)."""
     if m.method == "iadd":
         return W
     if m.method == "mtt":
@@ -217,7 +219,7 @@ def minibatches(n: int, batch: int, J: int) -> Tensor:
 
 
 def student_batches(images: Tensor, labels: Tensor, batch: int, J: int) -> tuple[Tensor, Tensor]:
-    """J augmented mini-batches, x (J, batch, C, H, W), y (J, batch): Algorithm 1, line 7."""
+    """J augmented mini-batches, x (J, batch, C, H, W), y (J, batch): Eq. (1), line 7."""
     index = minibatches(len(images), batch, J).to(images.device)  # an iteration's, all at once
     x = images.index_select(0, index.flatten())  # on a CPU its gradient adds in a fixed order
     return augment(x.view(J, batch, *images.shape[1:])), labels[index]
@@ -228,7 +230,7 @@ def matching_loss(d: Distillation, student: Student, teachers: list[Tensor], m: 
     segment = random_segment(teachers, m.K, m.max_start)  # line 4
     theta_start, theta_target = segment.to(d.images.device)
     x, y = student_batches(d.images, d.labels, m.batch, m.J)  # line 7
-    alpha = d.alpha.clone()  # the next replay of a CUDA graph overwrites gradients of leaves
+    alpha = d.alpha.clone()  # a leaf's .grad would be memory that a CUDA graph overwrites
     theta = student(theta_start, alpha, x, y)  # lines 5, 6, 8-10
     d.mismatch = theta.detach() - theta_target  # as in Fig. 1
     weights = importance_weights(m, d.W, d.mismatch)
@@ -236,8 +238,8 @@ def matching_loss(d: Distillation, student: Student, teachers: list[Tensor], m: 
 
 
 def iteration(d: Distillation, student, teachers: list[Tensor], m: Matching, segments) -> Tensor:
-    """Algorithm 1, lines 4-14: updates d, returns the loss, (). segments: range(S), or a process's
-    share. (Eq. (10)-(12) have an index j, but the gradient exists only after all J steps.)"""
+    """Algorithm 1, lines 4-14: updates d, returns the loss, (). segments: range(S), or those of
+    this process. Eq. (10)-(12) have an index j, but L and its gradients exist only after step J."""
     d.optimizer.zero_grad()
     loss = d.W.new_zeros(())
     for s in segments:
@@ -415,8 +417,8 @@ def train_teacher(ell: Loss, theta: Tensor, images: "ImageSet", lr: float, batch
 
 
 def train_network(ell: Loss, theta: Tensor, images, epochs: int, lr: float, batch: int) -> Tensor:
-    """A network of the evaluation, from theta (P,) on. The paper is silent; nearly as MTT: SGD with
-    momentum .9, weight decay 5e-4, DSA, a tenth of the rate in the second half."""
+    """Trains a network of the evaluation from theta (P,) on. The paper is silent; nearly as MTT:
+    SGD with momentum .9, weight decay 5e-4, DSA, a tenth of the rate in the second half."""
     theta = theta.to(images.x.device, copy=True).requires_grad_()
     optimizer = torch.optim.SGD([theta], lr, momentum=0.9, weight_decay=5e-4)
     train(ell, theta, optimizer, images, epochs - epochs // 2, batch)
@@ -529,13 +531,12 @@ shapes         1    10             2               4    300     1e-5   .03     0
 def preset(name: str, ipc: int, side: int) -> dict:
     """Settings of a dataset (of a folder: CIFAR-10's) at the largest IPC <= ipc, or at its
     smallest; ZCA only up to 32 pixels a side, since its cost grows with the sixth power."""
-    if f"\n{name} " not in PRESETS:
-        name = "cifar10"
     settings = {}
     for text in PRESETS.split("\n\n"):
         table = np.genfromtxt(text.splitlines(), dtype=None, names=True, encoding="utf-8")
-        table = table[table["dataset"] == name]
-        rows = [dict(zip(table.dtype.names, row.item())) for row in table]
+        if name not in table["dataset"]:
+            name = "cifar10"
+        rows = [dict(zip(table.dtype.names, row.item())) for row in table[table["dataset"] == name]]
         up_to_ipc = [row for row in rows if row.get("ipc", 0) <= ipc] or rows[:1]
         settings |= up_to_ipc[-1]
     settings["zca"] &= side <= 32
@@ -585,7 +586,7 @@ def load_dataset(name: str, data_dir: Path, size: int | None = None, only=()) ->
         return make_shapes() if name == "shapes" else load_cifar(name, data_dir)
     root = data_dir if name in ("tinyimagenet", "covid") else Path(name)
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}; --help lists the other datasets")
+        raise UserError(f"there is no folder {root}; --dataset takes one, or a name in --help")
     if name == "covid":  # Section 4.5
         return read_dataset(name, *list_covid(root, only), size or 112, "L")
     return read_dataset(Path(name).resolve().name, *list_folder(root, only), size, "RGB")
@@ -650,13 +651,11 @@ def list_folder(root: Path, only) -> tuple[list[str], list, list]:
 def list_covid(root: Path, only) -> tuple[list[str], list, list]:
     """As `list_folder`, of COVID-19 Radiography [81] without its masks, each class split 8:2
     (Section 4.1) in the order of a hash of the file names: the same split everywhere."""
-
-    def hashed(image):
-        path, label = image
-        return hashlib.sha256(os.fsencode(f"{classes[label]}/{Path(path).name}")).digest()
-
     classes, images = list_images(root, only)
-    images = sorted((x for x in images if Path(x[0]).parent.name != "masks"), key=hashed)
+    images = [x for x in images if Path(x[0]).parent.name != "masks"]
+    images.sort(
+        key=lambda x: hashlib.sha256(os.fsencode(f"{classes[x[1]]}/{Path(x[0]).name}")).digest()
+    )
     train = []
     test = []
     for label in range(len(classes)):
@@ -685,14 +684,14 @@ def read_image(path: str, size: int | None, mode: str) -> Tensor:
 def read_dataset(name: str, classes: list[str], train: list, test: list, size, mode) -> Dataset:
     """Reads lists of (path, label). size, mode: as in `read_image`. Raises UserError."""
     if len(classes) < 2:
-        raise UserError(f"{name} needs folders of two classes, see README; found: {classes}")
+        raise UserError(f"{name} needs folders of at least two classes; found: {classes}")
     for part, files in (("training", train), ("test", test)):
         empty = sorted(set(classes) - {classes[label] for _, label in files})
         if empty:
             raise UserError(f"{name}: no {part} images of {', '.join(empty[:9])}; see README")
     images = []
     unreadable = []
-    for path, _ in tqdm(train + test, f"reading {name}"):  # threads are slower at small files
+    for path, _ in tqdm(train + test, f"reading {name}"):  # threads do not help with small files
         try:
             image = read_image(path, size, mode)
         except Exception as error:  # OSError, SyntaxError, DecompressionBombError, ...
@@ -768,7 +767,7 @@ def one_line(error: Exception) -> str:
 
 
 def save(content: dict, path: Path) -> None:
-    """torch.save to a temporary file, then an atomic rename: `path` is always complete."""
+    """torch.save to a temporary file, then an atomic rename: a kill leaves `path` complete."""
     temporary = path.with_suffix(".tmp")
     try:
         torch.save(content, temporary)
@@ -793,7 +792,7 @@ def load(path: Path, settings: dict, hint: str, device="cpu", mmap: bool = False
     return content
 
 
-def lock(folder: Path, args) -> filelock.FileLock:
+def lock(folder: Path, args):
     """Locks a folder for a `with` block. Raises UserError if another run has it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -806,7 +805,7 @@ def lock(folder: Path, args) -> filelock.FileLock:
 
 def compiled(function, inputs):
     """A loss or a `Student`, to be compiled when it is first called."""
-    torch.compiler.reset()  # a process may compile one function for eight networks only
+    torch.compiler.reset()  # it gives up after eight recompilations of one function
     if not isinstance(function, Student):
         return torch.compile(function, dynamic=False)
     student = copy.copy(function)
@@ -816,7 +815,7 @@ def compiled(function, inputs):
 
 
 def captured(function, inputs):
-    """A function as a CUDA graph: of fixed shapes, each call overwrites the last result."""
+    """A function as a CUDA graph: for fixed shapes, each call overwrites the last result."""
     gc.collect()  # an old graph that Python frees only during the capture would spoil it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch 2.11 warns of its own side stream
@@ -825,17 +824,19 @@ def captured(function, inputs):
 
 def accelerated(function, inputs: tuple, args):
     """A loss or a `Student`, compiled and on a GPU captured as a CUDA graph, for inputs, all
-    leaves, like these. What raises an error is left out with a warning."""
+    leaves, like these. Whatever fails is left out with a warning."""
+    if not args.compile:
+        return function
     ways = {"torch.compile": compiled, "CUDA graphs": captured}
     if args.command == "distill" and not isinstance(function, Student):  # --eval-every
         del ways["torch.compile"]  # its reset would undo the compiled student
     if not inputs[0].is_cuda:
         del ways["CUDA graphs"]
-    for name, way in ways.items() if args.compile else []:
+    for name, way in ways.items():
         print(f"{name}: up to a minute (--no-compile leaves it out)", file=sys.stderr)
         try:
             faster = way(function, inputs)
-            # sum() alone has a gradient of stride 0: torch.compile would compile for that
+            # square(): the gradient of a mere sum() has stride 0, and is compiled for separately
             faster(*inputs).square().sum().backward()
             function = faster
         except Exception as error:  # no C++ compiler, no Triton, an unsupported Python, ...
@@ -851,15 +852,15 @@ def fast_loss(net: nn.Module, images: ImageSet, args) -> Loss:
 
 def fast_student(net: nn.Module, d: Distillation, m: Matching, args) -> Student:
     """The `Student` of a network, made faster for mini-batches of the distilled images."""
-    J = m.J if d.images.is_cuda else 2  # a CUDA graph is of all steps
+    J = m.J if d.images.is_cuda else 2  # a CUDA graph is of all J steps
     x, y = student_batches(d.images, d.labels, m.batch, J)
     learned = [z.detach().clone().requires_grad_() for z in (flat_parameters(net), d.alpha, x)]
     return accelerated(Student(cross_entropy(net, args.precision)), (*learned, y), args)
 
 
 def tune(device: torch.device) -> None:
-    """Lets cuDNN time its convolutions and choose, and glibc's malloc keep large freed blocks:
-    the system would clear each page before reuse, up to half of a step's time."""
+    """Lets cuDNN time its convolutions and choose, and glibc's malloc keep large freed blocks;
+    else the kernel would clear each page before reuse, up to half of a step's time."""
     torch.backends.cudnn.benchmark = True
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current one
@@ -972,10 +973,10 @@ def command_teachers(args) -> None:
                 done = len(load(path, settings, hint, mmap=True)["thetas"]) - 1
             if done < args.epochs:
                 todo.append(path)
-        left = torch.tensor(len(todo))
-        sum_over_ranks(left)
-        print(f"{folder}/teachers: {left} of {args.teachers} are to be trained")
-        if left == 0:
+        remaining = torch.tensor(len(todo))
+        sum_over_ranks(remaining)
+        print(f"{folder}/teachers: {remaining} of {args.teachers} are to be trained")
+        if remaining == 0:
             return
         normalise = fit_normalisation(data, args)
         images = normalise.image_set(*data.train)
@@ -1038,10 +1039,13 @@ def command_distill(args) -> None:
     out = folder / args.name
     teachers = load_teachers(args, folder / "teachers", settings)
     m = matching_settings(args, args.ipc * len(data.classes))
-    settings |= {**vars(m), "ipc": args.ipc, "precision": args.precision}
-    settings["teachers"] = len(teachers)
-    last = torch.stack([thetas[-1] for thetas in teachers])
-    settings["teacher_checksum"] = zlib.crc32(last.numpy())
+    settings |= {
+        **vars(m),
+        "ipc": args.ipc,
+        "precision": args.precision,
+        "teachers": len(teachers),
+        "teacher_checksum": zlib.crc32(torch.stack([thetas[-1] for thetas in teachers]).numpy()),
+    }
     print(f"settings: {settings}, {args.iterations} iterations; {args.machine}")
     with lock(out, args):
         net = new_network("convnet", data, args)
@@ -1059,14 +1063,14 @@ def command_distill(args) -> None:
         for t in bar:  # Algorithm 1, lines 3 and 15
             losses.append(iteration(d, student, teachers, m, segments))  # lines 4-14
             last = t == args.iterations
-            tests = args.eval_every and t % args.eval_every == 0
-            if t % 10 > 0 and not last and not tests:
+            evaluates = args.eval_every and t % args.eval_every == 0
+            if t % 10 > 0 and not last and not evaluates:
                 continue  # to look at a number is to wait for a GPU
             row = log_row(d, losses)
             result["log"].append(row)
             losses = []
             bar.set_postfix(loss=row[2], alpha=row[3], refresh=False)
-            if tests:
+            if evaluates:
                 images = ImageSet(d.images.detach(), d.labels)
                 source = TrainingSet("distilled", normalise, d.alpha.item(), images, t)
                 evaluate(args, data, source, "convnet", out)
@@ -1124,8 +1128,7 @@ LOG = ("iteration", "time", "loss", "alpha", "W_min", "W_1pct", "W_median", "W_m
 def log_row(d: Distillation, losses: list[Tensor]) -> list[float]:
     """A row of the log; its loss is the mean since the row before. Raises UserError."""
     loss = float(sum(losses) / len(losses))
-    finite = losses[-1].isfinite() and flat_parameters(d).isfinite().all()
-    if not finite or d.alpha <= 0:
+    if not (losses[-1].isfinite() and flat_parameters(d).isfinite().all() and d.alpha > 0):
         raise UserError(
             f"diverged by iteration {d.t} (loss {loss:.4g}, alpha {d.alpha.item():.4g}); the last "
             "checkpoint is kept: lower the learning rates and give the new run another --name"
@@ -1167,8 +1170,8 @@ class TrainingSet:
     on: str
     normalise: Normalisation
     lr: float
-    images: ImageSet | None = None
-    iteration: int | None = None
+    images: ImageSet
+    iteration: int | None
 
 
 def command_eval(args) -> None:
@@ -1192,22 +1195,24 @@ def command_eval(args) -> None:
     out = folder / args.name
     out.mkdir(parents=True, exist_ok=True)
     open(out / "results.jsonl", "a").close()  # raises now, not after training, if it cannot
-    if "scale" in result:
+    if {"mean", "scale"} <= result.keys():
         normalise = Normalisation(result["mean"], result["scale"])
     else:
         normalise = fit_normalisation(data, args)
     print("trained on  network         accuracy  networks  epochs        lr  seconds")
     diverged = []
     for on in args.on:
-        source = TrainingSet(on, normalise, args.lr_teacher)
+        lr = args.lr_teacher
+        t = None
         if on == "distilled":
-            source.images = ImageSet(result["images"], result["labels"])
-            source.lr = result["alpha"]
-            source.iteration = result.get("iteration")
+            images = ImageSet(result["images"], result["labels"])
+            lr = result["alpha"]
+            t = result.get("iteration")
         elif on == "full":
-            source.images = normalise.image_set(*data.train)
+            images = normalise.image_set(*data.train)
         else:
-            source.images = ImageSet(*real_images(data, normalise, args.ipc, choose[on]))
+            images = ImageSet(*real_images(data, normalise, args.ipc, choose[on]))
+        source = TrainingSet(on, normalise, lr, images, t)
         for arch in args.arch:
             if not evaluate(args, data, source, arch, out):
                 diverged.append(f"{arch} on {on}")
@@ -1232,8 +1237,9 @@ def load_distilled(args, data: Dataset, shared: dict, folder: Path, found: dict)
     fits = (
         torch.is_tensor(images)
         and torch.is_tensor(labels)
-        and images.shape == (len(labels), *data.shape)
-        and labels.shape[1:] in ((), (n,))
+        and images.shape[1:] == data.shape
+        and labels.shape in ((len(images),), (len(images), n))
+        and len(images) > 0
         and 0 <= labels.min() <= labels.max() < n
     )
     if not fits:
@@ -1250,7 +1256,7 @@ def load_distilled(args, data: Dataset, shared: dict, folder: Path, found: dict)
 
 @torch.no_grad()
 def confusion_matrix(net: nn.Module, theta: Tensor, images: "ImageSet") -> Tensor:
-    """Entry (r, c): how many images of class r the network with theta takes for class c."""
+    """Entry (r, c): number of images of class r that the network classifies as c."""
     nn.utils.vector_to_parameters(theta, net.parameters())
     starts = range(0, len(images), 250)
     scores = torch.cat([net(images[k : k + 250][0]) for k in starts])  # (N, classes)
@@ -1261,7 +1267,7 @@ def confusion_matrix(net: nn.Module, theta: Tensor, images: "ImageSet") -> Tenso
 def evaluate(args, data: Dataset, source: TrainingSet, arch: str, out: Path) -> bool:
     """Trains new networks on the images ("random": others each time), tests them, prints the
     accuracy and appends it to results.jsonl. Returns False if a network diverged."""
-    start = time.time()
+    began = time.time()
     images = source.images
     lr = args.lr or source.lr
     test = source.normalise.image_set(*data.test)
@@ -1298,7 +1304,7 @@ def evaluate(args, data: Dataset, source: TrainingSet, arch: str, out: Path) -> 
         "mean": np.mean(scores),
         "std": np.std(scores, ddof=1) if len(scores) > 1 else 0.0,
         "accuracies": scores,
-        "seconds": time.time() - start,
+        "seconds": time.time() - began,
         "confusion": matrices.sum(0).tolist(),
     }
     if args.rank == 0:
@@ -1316,10 +1322,9 @@ def command_plot(args) -> None:
     result = load(folder / "distilled.pt", {"version": VERSION}, "distill makes it")
     log = np.array(result["log"]).reshape(-1, len(LOG))
     np.savetxt(folder / "log.csv", log, "%.17g", ",", header=",".join(LOG), comments="")
-    rows = []
-    for path in folder.glob("results.jsonl"):
-        lines = path.read_text().splitlines()
-        rows += [json.loads(x) for x in lines if x.endswith("}")]  # a killed run leaves half
+    path = folder / "results.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill leaves half a line
     draw_curves(result, log, rows, folder / "plot.png")
     draw_pairs(result, folder / "pairs.png")
     draw_gif(sorted(folder.glob("images_*.png")), folder / "evolution.gif")
@@ -1329,20 +1334,16 @@ def command_plot(args) -> None:
 def draw_curves(result: dict, log: np.ndarray, rows: list[dict], path: Path) -> None:
     """The log (rows, columns), the evaluations, mismatch and W by parameter (Fig. 1, 6, 7)."""
     figure = Figure((18, 8), layout="constrained")
-    top, (mismatch, weights, accuracy) = figure.subplots(2, 3)
-    labels = (
-        "loss, Eq. (9), mean of ten iterations",
-        "alpha, learning rate of the student",
-        "1 - W",
-    )
-    for axes, label, y in zip(top, labels, (log[:, 2], log[:, 3], 1 - log[:, 4:])):
+    top, (*bottom, accuracy) = figure.subplots(2, 3)
+    ylabels = ("loss, Eq. (9)", "alpha, learning rate of the student", "1 - W")
+    for axes, ylabel, y in zip(top, ylabels, (log[:, 2], log[:, 3], 1 - log[:, 4:])):
         axes.plot(log[:, 0], y)
-        axes.set(xlabel="iteration", ylabel=label)
+        axes.set(xlabel="iteration", ylabel=ylabel)
     top[2].legend(LOG[4:])
-    mismatch.plot(result["mismatch"].abs(), linewidth=0.3)
-    mismatch.set(xlabel="parameter, from the first layer on", ylabel="|student - teacher|")
-    weights.plot(1 - result["W"], linewidth=0.3)
-    weights.set(xlabel="parameter, from the first layer on", ylabel="1 - W")
+    ylabels = ("|student - teacher|, last iteration", "1 - W")
+    for axes, ylabel, y in zip(bottom, ylabels, (result["mismatch"].abs(), 1 - result["W"])):
+        axes.plot(y, linewidth=0.3)
+        axes.set(xlabel="parameter, from the first layer on", ylabel=ylabel)
     for row in rows:
         if row["on"] == "distilled" and row["arch"] == "convnet":
             color = "C1" if row.get("lr_given") else "C0"
@@ -1395,16 +1396,16 @@ def between(low: float, high: float, kind: type = float):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of teachers, distill and eval. Each command takes all, so that the same
-    can be given to the three, and uses those of its groups."""
+    can be given to the three, and ignores those it does not need."""
     switch = argparse.BooleanOptionalAction
-    whole = between(1, 10**6, int)
+    whole = between(1, 99999, int)
     rate = between(0, 1e30)
     above_zero = between(1e-12, 1e30)
     add = parser.add_argument_group("data and network (all three commands)").add_argument
     add("--dataset", help="name of a preset below, or a folder {train,test}/*/* (cifar10)")
-    add("--data-dir", type=Path, default="data", help="folder of data and downloads (data)")
-    add("--classes", nargs="+", default=[], help="classes to use, of image files (all)")
-    add("--size", type=between(1, 512, int), help="pixels a side of image files (covid: 112)")
+    add("--data-dir", type=Path, default="data", help="CIFAR's, covid's, ... folder (data)")
+    add("--classes", nargs="+", default=[], help="classes to use, of folders of images (all)")
+    add("--size", type=between(1, 512, int), help="pixels a side to resize to (covid: 112)")
     add("--zca", action=switch, help="ZCA whitening (preset), else per-channel normalisation")
     add("--ipc", type=whole, help="distilled images per class (1)")
     add("--width", type=whole, help="channels of the ConvNet (preset; paper: 128)")
@@ -1413,12 +1414,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--name", help="name of the result's folder (ipc<IPC>_<method>_seed<seed>)")
     add("--seed", type=int, default=0, help="random seed of everything but the teachers (0)")
     add("--device", help="device: cpu, cuda, cuda:1, ... (cuda if there is one)")
-    text = "number format; on CUDA convolutions of float32 are TF32 (bf16 if there is any)"
+    text = "number format; float32 convolves in TF32 on CUDA (bf16 if the hardware has it)"
     add("--precision", choices=["float32", "bf16"], help=text)
     add("--compile", action=switch, help="torch.compile and CUDA graphs (all but shapes)")
     add = parser.add_argument_group("teachers").add_argument
-    add("--teachers", type=whole, help="number of teachers (preset; distill: all there are)")
-    add("--epochs", type=whole, help="epochs of each (preset; with --ipc what distill reads)")
+    add("--teachers", type=between(1, 999, int), help="number (preset; distill: all there are)")
+    add("--epochs", type=whole, help="epochs of each (preset; with --ipc those distill needs)")
     add("--lr-teacher", type=above_zero, help="learning rate of SGD without momentum (preset)")
     add("--batch-real", type=whole, help="batch size, in evaluations too (preset)")
     add = parser.add_argument_group("distill").add_argument
@@ -1427,13 +1428,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=whole, help="steps J of a student (preset)")
     add("--expert-epochs", type=whole, help="teacher epochs K from start to target (preset)")
     add("--max-start-epoch", type=whole, help="upper bound I+ of the start epoch i (preset)")
-    add("--segments", type=whole, default=1, help="segments S averaged in an iteration (1)")
-    add("--batch", type=whole, help="batch size of distilled images (preset; 0: all)")
+    add("--segments", type=whole, default=1, help="segments S to average over (1)")
+    add("--batch", type=between(0, 99999, int), help="batch size (preset; 0: all images)")
     add("--alpha", type=above_zero, help="initial learning rate of the student (preset)")
     add("--lr-alpha", type=rate, help="learning rate of alpha, mu in Eq. (10) (preset)")
     add("--lr-w", type=rate, default=1e-4, help="learning rate of W, eta in Eq. (11) (1e-4)")
     add("--lr-img", type=rate, help="learning rate of the images, zeta in Eq. (12) (preset)")
-    add("--epsilon", type=between(0, 1), default=0.1, help="share that ddpp drops (0.1)")
+    add("--epsilon", type=between(0, 1), default=0.1, help="fraction that ddpp drops (0.1)")
     add("--eval-every", type=whole, help="iterations from one evaluation to the next (none)")
     add = parser.add_argument_group("eval, and distill --eval-every").add_argument
     add("--on", nargs="+", choices=SETS, default=SETS[:1], help="training images (distilled)")
@@ -1511,6 +1512,8 @@ def main(argv: list[str] | None = None) -> int:
             if args.rank > 0:
                 sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (till the end)
         COMMANDS[args.command](args)
+        if distributed():
+            dist.destroy_process_group()
         return 0
     except KeyboardInterrupt:
         print("iadd.py: interrupted; teachers and distill will resume", file=stderr)
