@@ -114,9 +114,7 @@ class Student:
         return v - alpha * Hv, -(v @ g), -alpha * dg_dx_v
 
     def __call__(self, theta: Tensor, alpha: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        # From the second step on theta requires a gradient; if the first did not, torch.compile
-        # would compile `step` for both
-        if not theta.requires_grad:
+        if not theta.requires_grad:  # as from the second step on; else `step` is compiled twice
             theta = theta.detach().requires_grad_()
         for x_j, y_j in zip(x, y):  # Algorithm 1, lines 6 and 10
             theta = StudentStep.apply(self, theta, alpha, x_j, y_j)  # lines 8, 9
@@ -613,7 +611,11 @@ def load_cifar(name: str, data_dir: Path) -> Dataset:
 def list_images(folder: Path, only=()) -> tuple[list[str], list[tuple[str, int]]]:
     """Classes, all or `only`, and (path, label) of each image in folder/<class>, listed as
     torchvision's ImageFolder does, but without hidden files. Counts what is not an image."""
-    classes = sorted(set(only)) or [c for c in find_classes(folder)[0] if c[0] != "."]
+    found = [c for c in find_classes(folder)[0] if c[0] != "."]
+    classes = sorted(set(only)) or found
+    missing = sorted(set(classes) - set(found))
+    if missing or not found:
+        raise UserError(f"{folder} needs folders of classes {missing[:9]}, has {found[:9]}")
     labels = {c: label for label, c in enumerate(classes)}
     files = make_dataset(
         str(folder),
@@ -635,7 +637,10 @@ def list_folder(root: Path, only) -> tuple[list[str], list, list]:
     classes, train = list_images(root / "train", only)
     for folder in (root / "test", root / "val", root / "val/images"):
         if any((folder / c).is_dir() for c in classes):
-            _, test = list_images(folder, classes)
+            others, test = list_images(folder, only)
+            if others != classes:
+                lacking = sorted(set(classes) ^ set(others))[:9]
+                raise UserError(f"{root}/train or {folder} has no folders {lacking}")
             return classes, train, test
     annotations = root / "val/val_annotations.txt"
     if not annotations.exists():
@@ -762,8 +767,8 @@ CHECKPOINT_SECONDS = 60  # at least, from one checkpoint to the next
 
 
 def one_line(error: Exception) -> str:
-    """The type and the message of an error, cut to a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:250]
+    """The type of an error and the first sentence of its message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".split(". ")[0][:250]
 
 
 def save(content: dict, path: Path) -> None:
@@ -776,9 +781,9 @@ def save(content: dict, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def load(path: Path, settings: dict, hint: str, device="cpu", mmap: bool = False) -> dict:
-    """The dictionary that `save` wrote; its settings must contain these. weights_only: no code
-    in the file is run. Raises UserError."""
+def load(path: Path, settings: dict, hint="see README", device="cpu", mmap: bool = False) -> dict:
+    """The dictionary that `save` wrote; its settings must contain these. hint: what to do if
+    there is no such file. weights_only: no code in the file is run. Raises UserError."""
     try:
         content = torch.load(path, device, mmap=mmap, weights_only=True)
         found = content.get("settings", {})
@@ -788,7 +793,8 @@ def load(path: Path, settings: dict, hint: str, device="cpu", mmap: bool = False
         raise UserError(f"cannot read {path}: {one_line(error)}") from None
     for name, x in settings.items():
         if found.get(name) != x:
-            raise UserError(f"{path} has {name} {found.get(name)!s:.50}, not {x!s:.50}; {hint}")
+            was = f"{found.get(name)!s:.50}, not {x!s:.50}"
+            raise UserError(f"{path} has {name} {was}; another --name or --runs keeps both")
     return content
 
 
@@ -933,7 +939,7 @@ def start(args, found: dict) -> tuple[Dataset, dict, Path]:
     shared = {
         "version": VERSION,
         "dataset": data.name,
-        "image_checksum": zlib.crc32(data.train[0].numpy()),
+        "data_checksum": zlib.crc32(data.train[1].numpy(), zlib.crc32(data.train[0].numpy())),
         "classes": data.classes,
         "zca": args.zca,
         "width": args.width,
@@ -963,14 +969,14 @@ def command_teachers(args) -> None:
     for name in ("lr_teacher", "batch_real", "precision"):
         settings[name] = getattr(args, name)
     print(f"settings: {settings}, {args.epochs} epochs; {args.machine}")
-    hint = "--runs DIR keeps both"
+    net = new_network("convnet", data, args)
     with lock(folder / "teachers", args):
         todo = []
         for k in range(args.rank, args.teachers, args.ranks):  # teachers of this process
             path = folder / f"teachers/{k:03d}.pt"
             done = 0
             if path.exists():
-                done = len(load(path, settings, hint, mmap=True)["thetas"]) - 1
+                done = len(load(path, settings, mmap=True)["thetas"]) - 1
             if done < args.epochs:
                 todo.append(path)
         remaining = torch.tensor(len(todo))
@@ -981,14 +987,13 @@ def command_teachers(args) -> None:
         normalise = fit_normalisation(data, args)
         images = normalise.image_set(*data.train)
         test = normalise.image_set(*data.test)
-        net = new_network("convnet", data, args)
         ell = fast_loss(net, images, args)
         for path in todo:
             seed = (0, "teacher", int(path.stem))  # not --seed: results share teachers
             seed_all(*seed)
             thetas = [flat_parameters(new_network("convnet", data, args)).cpu()]
             if path.exists():
-                thetas = list(load(path, settings, hint)["thetas"])
+                thetas = list(load(path, settings)["thetas"])
             saved = time.time()
             epochs = range(len(thetas) - 1, args.epochs)
             for epoch in tqdm(epochs, f"teacher {path.stem}", unit="epoch", leave=False):
@@ -1007,7 +1012,7 @@ def command_teachers(args) -> None:
 def load_teachers(args, folder: Path, shared: dict) -> list[Tensor]:
     """The epochs of each teacher that will be read, (epochs + 1, P), memory-mapped."""
     epochs = args.max_start_epoch - 1 + args.expert_epochs
-    paths = sorted(folder.glob("[0-9]*.pt"))[: args.teachers]
+    paths = sorted(folder.glob("[0-9][0-9][0-9].pt"))[: args.teachers]
     hint = f"run first: {same_options(args, 'teachers')} --epochs {epochs}"
     teachers = [load(path, shared, hint, mmap=True)["thetas"][: epochs + 1] for path in paths]
     if len(teachers) < (args.teachers or 1) or min(map(len, teachers)) <= epochs:
@@ -1089,7 +1094,7 @@ def start_or_resume(args, data: Dataset, m: Matching, P: int, settings: dict, pa
     exists = torch.tensor(path.exists())
     broadcast(exists)  # rank 0 may be quicker than others, and write it
     if exists:
-        result = load(path, settings, "--name NAME keeps both", args.device)
+        result = load(path, settings, device=args.device)
         if result["W"].shape != (P,):
             raise UserError(f"{path} has W of shape {tuple(result['W'].shape)}, not ({P},)")
         d = Distillation(result["images"], result["labels"], P, m)
@@ -1178,7 +1183,7 @@ def command_eval(args) -> None:
     """Train fresh networks on the distilled images, test them on real ones (Section 4.1)."""
     found = {}
     if args.distilled:
-        found = load(args.distilled, {}, "--distilled takes a file").get("settings", {})
+        found = load(args.distilled, {}).get("settings", {})
         args.name = args.name or args.distilled.stem
     data, shared, folder = start(args, found)
     for arch in args.arch:
@@ -1228,7 +1233,6 @@ def load_distilled(args, data: Dataset, shared: dict, folder: Path, found: dict)
     hint = f"run first: {same_options(args, 'distill')}"
     wanted = {**shared, "ipc": args.ipc}
     if args.distilled:
-        hint = "give the options that made it"
         wanted = {key: wanted[key] for key in ("classes", "zca", "ipc") if key in found}
     result = load(path, wanted, hint, args.device)
     images = result.get("images")
@@ -1240,6 +1244,7 @@ def load_distilled(args, data: Dataset, shared: dict, folder: Path, found: dict)
         and images.shape[1:] == data.shape
         and labels.shape in ((len(images),), (len(images), n))
         and len(images) > 0
+        and images.is_floating_point()
         and 0 <= labels.min() <= labels.max() < n
     )
     if not fits:
@@ -1247,7 +1252,7 @@ def load_distilled(args, data: Dataset, shared: dict, folder: Path, found: dict)
             f"{path} needs images (N, *{data.shape}), labels of {n} classes; see README"
         )
     alpha = args.lr or float(result.get("alpha", 0))
-    if alpha <= 0:
+    if not alpha > 0:
         raise UserError(f"{path} has no alpha above 0; --lr replaces it")
     print(f"{path}: iteration {result.get('iteration')}")
     labels = labels.detach().float() if labels.dim() == 2 else labels.long()
@@ -1307,12 +1312,12 @@ def evaluate(args, data: Dataset, source: TrainingSet, arch: str, out: Path) -> 
         "seconds": time.time() - began,
         "confusion": matrices.sum(0).tolist(),
     }
-    if args.rank == 0:
-        with open(out / "results.jsonl", "a") as file:
-            file.write("\n" + json.dumps(row))  # its own line, even after an incomplete one
     accuracy = f"{row['mean']:.1f} ± {row['std']:.1f} %"
     numbers = f"{args.nets:>10}{epochs:>8}{lr:>10.5f}{row['seconds']:>9.0f}"
     tqdm.write(f"{source.on:<12}{arch:<10}{accuracy:>14}{numbers}")
+    if args.rank == 0:
+        with open(out / "results.jsonl", "a") as file:
+            file.write("\n" + json.dumps(row))  # its own line, even after an incomplete one
     return True
 
 
@@ -1333,17 +1338,20 @@ def command_plot(args) -> None:
 
 def draw_curves(result: dict, log: np.ndarray, rows: list[dict], path: Path) -> None:
     """The log (rows, columns), the evaluations, mismatch and W by parameter (Fig. 1, 6, 7)."""
+    parameter = "parameter, from the first layer on"
+    panels = [
+        ("iteration", "loss, Eq. (9)", log[:, 0], log[:, 2]),
+        ("iteration", "alpha, learning rate of the student", log[:, 0], log[:, 3]),
+        ("iteration", "1 - W", log[:, 0], 1 - log[:, 4:]),
+        (parameter, "|student - teacher|, last iteration", result["mismatch"].abs()),
+        (parameter, "1 - W", 1 - result["W"]),
+    ]
     figure = Figure((18, 8), layout="constrained")
-    top, (*bottom, accuracy) = figure.subplots(2, 3)
-    ylabels = ("loss, Eq. (9)", "alpha, learning rate of the student", "1 - W")
-    for axes, ylabel, y in zip(top, ylabels, (log[:, 2], log[:, 3], 1 - log[:, 4:])):
-        axes.plot(log[:, 0], y)
-        axes.set(xlabel="iteration", ylabel=ylabel)
-    top[2].legend(LOG[4:])
-    ylabels = ("|student - teacher|, last iteration", "1 - W")
-    for axes, ylabel, y in zip(bottom, ylabels, (result["mismatch"].abs(), 1 - result["W"])):
-        axes.plot(y, linewidth=0.3)
-        axes.set(xlabel="parameter, from the first layer on", ylabel=ylabel)
+    *axes, accuracy = figure.subplots(2, 3).ravel()
+    for ax, (xlabel, ylabel, *curve) in zip(axes, panels):
+        ax.plot(*curve, linewidth=0.5)
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+    axes[2].legend(LOG[4:])
     for row in rows:
         if row["on"] == "distilled" and row["arch"] == "convnet":
             color = "C1" if row.get("lr_given") else "C0"
@@ -1362,7 +1370,9 @@ def draw_pairs(result: dict, path: Path) -> None:
     figure = Figure((n + 1, 2.8), layout="constrained")
     axes = figure.subplots()
     axes.imshow(grid.permute(1, 2, 0), extent=(0, n, 0, 2))
-    axes.set_xticks(np.arange(n) + 0.5, result["settings"]["classes"][:n], rotation=30)
+    axes.set_xticks(
+        np.arange(n) + 0.5, result["settings"]["classes"][:n], rotation=30, parse_math=False
+    )
     axes.set_yticks([0.5, 1.5], ["distilled", "real"])
     figure.savefig(path, dpi=130)
 
@@ -1493,8 +1503,8 @@ def set_up_device(args) -> None:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         processor = torch.cuda.get_device_name(device)
     else:
-        test = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # may be missing
-        has_bf16 = test is not None and test()
+        # private, so it may be missing
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
         processor = f"{torch.get_num_threads()} CPU threads"
     args.device = device
     args.machine = f"torch {torch.__version__}, {args.ranks} x {processor}"
@@ -1512,8 +1522,6 @@ def main(argv: list[str] | None = None) -> int:
             if args.rank > 0:
                 sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (till the end)
         COMMANDS[args.command](args)
-        if distributed():
-            dist.destroy_process_group()
         return 0
     except KeyboardInterrupt:
         print("iadd.py: interrupted; teachers and distill will resume", file=stderr)
@@ -1524,7 +1532,7 @@ def main(argv: list[str] | None = None) -> int:
         on_cpu = "DefaultCPUAllocator" in str(error)  # torch has no type for it
         if not on_cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
-        message = "out of memory; smaller --size, --width, --batch, --batch-real need less"
+        message = "out of memory; smaller --size, --width, --batch, --batch-real, --steps need less"
     finally:
         sys.stderr = stderr  # for a traceback
     if args.rank > 0:
