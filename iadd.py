@@ -565,7 +565,7 @@ class ImageSet:
 
     x: Tensor
     y: Tensor
-    normalise: "Normalisation | None" = None
+    normalise: Normalisation | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -809,7 +809,7 @@ def lock(folder: Path, args):
         raise UserError(f"cannot lock {folder}, --runs DIR chooses another: {error}") from None
 
 
-def compiled(function, inputs):
+def compiled(function, _):
     """A loss or a `Student`, to be compiled when it is first called."""
     torch.compiler.reset()  # it gives up after eight recompilations of one function
     if not isinstance(function, Student):
@@ -1260,7 +1260,7 @@ def load_distilled(args, data: Dataset, shared: dict, folder: Path, found: dict)
 
 
 @torch.no_grad()
-def confusion_matrix(net: nn.Module, theta: Tensor, images: "ImageSet") -> Tensor:
+def confusion_matrix(net: nn.Module, theta: Tensor, images: ImageSet) -> Tensor:
     """Entry (r, c): number of images of class r that the network classifies as c."""
     nn.utils.vector_to_parameters(theta, net.parameters())
     starts = range(0, len(images), 250)
