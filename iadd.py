@@ -793,8 +793,8 @@ def load(path: Path, settings: dict, hint="see README", device="cpu", mmap: bool
         raise UserError(f"cannot read {path}: {one_line(error)}") from None
     for name, x in settings.items():
         if found.get(name) != x:
-            was = f"{found.get(name)!s:.50}, not {x!s:.50}"
-            raise UserError(f"{path} has {name} {was}; another --name or --runs keeps both")
+            was = f"{path} has {name} {found.get(name)!s:.50}, not {x!s:.50}"
+            raise UserError(f"{was}; give what made it, or another --name or --runs")
     return content
 
 
@@ -1000,7 +1000,8 @@ def command_teachers(args) -> None:
                 seed_all(*seed, "epoch", epoch)
                 theta = train_teacher(ell, thetas[-1], images, args.lr_teacher, args.batch_real)
                 if not theta.isfinite().all():
-                    raise UserError(f"teacher {path.stem} diverged: lower --lr-teacher")
+                    hint = "lower --lr-teacher, with another --runs"
+                    raise UserError(f"teacher {path.stem} diverged: {hint}")
                 thetas.append(theta)
                 if epoch + 1 == args.epochs or time.time() > saved + CHECKPOINT_SECONDS:
                     save({"thetas": torch.stack(thetas), "settings": settings}, path)
@@ -1522,6 +1523,8 @@ def main(argv: list[str] | None = None) -> int:
             if args.rank > 0:
                 sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (till the end)
         COMMANDS[args.command](args)
+        if distributed():
+            dist.destroy_process_group()  # else its threads may abort the process as it ends
         return 0
     except KeyboardInterrupt:
         print("iadd.py: interrupted; teachers and distill will resume", file=stderr)

@@ -1199,7 +1199,7 @@ def test_divergence_keeps_the_last_good_state(run, capsys, monkeypatch):
         kept = result(run.folder / f"wild{rates[5]}")
         assert kept["iteration"] == noticed - 10 and kept["alpha"] > 0
     error = refused(capsys, f"{run.teach} --epochs 1 --lr-teacher 1e9 --runs {run.tmp}/wild")
-    assert "teacher 000 diverged: lower --lr-teacher" in error
+    assert "teacher 000 diverged: lower --lr-teacher, with another --runs" in error
     assert not list((run.tmp / "wild").rglob("*.pt"))
 
 
@@ -1372,12 +1372,12 @@ teachers --dataset broken                        | 12 of the images & 8-bit imag
 {distil} --no-zca                                | run first: python & teachers --dataset & --epo
 {distil} --max-start-epoch 30 --name x           | too few or too short; run first & --epochs 31
 {distil} --teachers 4                            | 2 teachers in & --teachers 4
-{teach} --lr-teacher 0.02                        | lr_teacher 0.05, not 0.02; another --name
+{teach} --lr-teacher 0.02                        | lr_teacher 0.05, not 0.02; give what made
 {teach} --precision bf16                         | precision float32, not bf16
 {teach} --dataset other/pets                     | 000.pt has data_checksum
 {distil} --dataset other/pets                    | 000.pt has data_checksum
 {eval} --dataset other/pets                      | distilled.pt has data_checksum
-{distil} --lr-img 7                              | lr_img 1.0, not 7.0; another --name or --runs
+{distil} --lr-img 7                              | lr_img 1.0, not 7.0; give what made it, or an
 {distil} --precision bf16                        | precision float32, not bf16
 {distil} --batch 2                               | batch 3, not 2
 {distil} --runs other                            | teacher_checksum
