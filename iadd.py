@@ -41,15 +41,16 @@ import argparse
 import copy
 import ctypes
 import datetime
+import functools
 import gc
 import hashlib
+import io
 import json
 import math
 import os
 import shlex
 import sys
 import time
-import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,8 +134,7 @@ class StudentStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, v):
-        # the student and the labels have no gradient
-        return None, *ctx.student.step_back(v, *ctx.saved_tensors), None
+        return None, *ctx.student.step_back(v, *ctx.saved_tensors), None  # of student, ..., y
 
 
 # ---- 2. The loss and Algorithm 1 (Sections 3.2, 3.3) -------------------------------------
@@ -465,10 +465,10 @@ class Normalisation:
 
     def image_set(self, images: Tensor, labels: Tensor) -> "ImageSet":
         """uint8 (N, C, H, W), (N,), on the device: with ZCA whitened, without it left as bytes."""
-        device = self.mean.device
+        labels = labels.to(self.mean.device)
         if self.zca:
-            return ImageSet(self(images), labels.to(device))
-        return ImageSet(images.to(device), labels.to(device), self)
+            return ImageSet(self(images), labels)
+        return ImageSet(images.to(labels.device), labels, self)
 
     def inverse(self, z: Tensor) -> Tensor:
         """Network input (N, C, H, W) -> pixels on the scale 0 to 1, not clamped."""
@@ -477,18 +477,18 @@ class Normalisation:
         return z / self.scale + self.mean
 
 
-def real_images(data: "Dataset", normalise: Normalisation, ipc: int, choose=None):
+def choose_at_random(images: Tensor, ipc: int) -> Tensor:
+    return torch.randperm(len(images))[:ipc]
+
+
+def real_images(data: "Dataset", normalise: Normalisation, ipc: int, choose=choose_at_random):
     """`ipc` training images of each class, normalised, class after class, and their labels: random
     ones (Algorithm 1, line 1), or those whose indices `choose` returns for a class's images."""
     images, labels = data.train
     chosen = []
     for c in range(len(data.classes)):
         members = torch.nonzero(labels == c)[:, 0]
-        if choose is None:
-            some = torch.randperm(len(members))[:ipc]
-        else:
-            some = choose(normalise(images[members]))
-        chosen.append(members[some])
+        chosen.append(members[choose(images[members], ipc)])
     index = torch.cat(chosen)
     return normalise(images[index]), labels[index].to(normalise.mean.device)
 
@@ -608,26 +608,25 @@ def load_cifar(name: str, data_dir: Path) -> Dataset:
     return Dataset(name, train.classes, *parts)
 
 
-def list_images(folder: Path, only=()) -> tuple[list[str], list[tuple[str, int]]]:
+def list_images(folder: Path, only=()) -> tuple[list[str], list]:
     """Classes, all or `only`, and (path, label) of each image in folder/<class>, listed as
     torchvision's ImageFolder does, but without hidden files. Counts what is not an image."""
     found = [c for c in find_classes(folder)[0] if c[0] != "."]
     classes = sorted(set(only)) or found
     missing = sorted(set(classes) - set(found))
-    if missing or not found:
-        raise UserError(f"{folder} needs folders of classes {missing[:9]}, has {found[:9]}")
+    if missing or len(classes) < 2:
+        raise UserError(f"{folder} has classes {found[:9]}; missing of two or more: {missing[:9]}")
     labels = {c: label for label, c in enumerate(classes)}
     files = make_dataset(
-        str(folder),
+        folder,
         labels,
         is_valid_file=lambda path: f"{os.sep}." not in path.removeprefix(str(folder)),
         allow_empty=True,
     )
     suffixes = tuple(Image.registered_extensions())
     images = [(path, label) for path, label in files if path.lower().endswith(suffixes)]
-    others = sorted(set(files) - set(images))
-    if others:
-        print(f"{folder}: {len(others)} files are not images, such as {others[0][0]}")
+    if len(images) < len(files):
+        print(f"{folder}: {len(files) - len(images)} of {len(files)} files are not images")
     return classes, images
 
 
@@ -637,11 +636,7 @@ def list_folder(root: Path, only) -> tuple[list[str], list, list]:
     classes, train = list_images(root / "train", only)
     for folder in (root / "test", root / "val", root / "val/images"):
         if any((folder / c).is_dir() for c in classes):
-            others, test = list_images(folder, only)
-            if others != classes:
-                lacking = sorted(set(classes) ^ set(others))[:9]
-                raise UserError(f"{root}/train or {folder} has no folders {lacking}")
-            return classes, train, test
+            return classes, train, list_images(folder, classes)[1]
     annotations = root / "val/val_annotations.txt"
     if not annotations.exists():
         raise UserError(f"there is no folder {root}/test/{classes[0]}, see README")
@@ -688,8 +683,6 @@ def read_image(path: str, size: int | None, mode: str) -> Tensor:
 
 def read_dataset(name: str, classes: list[str], train: list, test: list, size, mode) -> Dataset:
     """Reads lists of (path, label). size, mode: as in `read_image`. Raises UserError."""
-    if len(classes) < 2:
-        raise UserError(f"{name} needs folders of at least two classes; found: {classes}")
     for part, files in (("training", train), ("test", test)):
         empty = sorted(set(classes) - {classes[label] for _, label in files})
         if empty:
@@ -698,16 +691,15 @@ def read_dataset(name: str, classes: list[str], train: list, test: list, size, m
     unreadable = []
     for path, _ in tqdm(train + test, f"reading {name}"):  # threads do not help with small files
         try:
-            image = read_image(path, size, mode)
+            images.append(read_image(path, size, mode))
         except Exception as error:  # OSError, SyntaxError, DecompressionBombError, ...
             unreadable.append(f"{path}: {error}")
             continue
-        images.append(image)
-        _, height, width = image.shape
-        if image.shape != images[0].shape or height != width or width > 512:
+        _, height, width = images[-1].shape
+        if images[-1].shape != images[0].shape or height != width:
             raise UserError(
-                f"{path} has {width} x {height} pixels, but images must be square, of one size "
-                "and at most 512 pixels a side: --size N makes all N x N"
+                f"{path} has {width} x {height} pixels, but images must be square and of one size: "
+                "--size N makes all N x N"
             )
     if unreadable:
         raise UserError(
@@ -762,7 +754,7 @@ def make_shapes(train: int = 200, test: int = 50, seed: int = 0) -> Dataset:
 
 # ---- 9. Files, speed, processes ----------------------------------------------------------
 
-VERSION = 3  # of the files that are written
+VERSION = 4  # of the files that are written
 CHECKPOINT_SECONDS = 60  # at least, from one checkpoint to the next
 
 
@@ -774,27 +766,29 @@ def one_line(error: Exception) -> str:
 def save(content: dict, path: Path) -> None:
     """torch.save to a temporary file, then an atomic rename: a kill leaves `path` complete."""
     temporary = path.with_suffix(".tmp")
-    try:
-        torch.save(content, temporary)
-    except RuntimeError as error:  # the disk is full, for example
-        raise OSError(f"cannot write {temporary}: {one_line(error)}") from None
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    temporary.write_bytes(buffer.getbuffer())  # raises OSError, which torch would replace
     os.replace(temporary, path)
 
 
 def load(path: Path, settings: dict, hint="see README", device="cpu", mmap: bool = False) -> dict:
-    """The dictionary that `save` wrote; its settings must contain these. hint: what to do if
-    there is no such file. weights_only: no code in the file is run. Raises UserError."""
+    """The dictionary that `save` wrote; its settings, if it has any, must contain these. hint:
+    what to do if there is no such file. weights_only: no code in the file is run. Raises
+    UserError."""
     try:
         content = torch.load(path, device, mmap=mmap, weights_only=True)
-        found = content.get("settings", {})
+        found = content.get("settings", settings)
     except FileNotFoundError:
         raise UserError(f"there is no {path}; {hint}") from None
     except Exception as error:  # of the system, or one of the many that torch raises
         raise UserError(f"cannot read {path}: {one_line(error)}") from None
     for name, x in settings.items():
         if found.get(name) != x:
-            was = f"{path} has {name} {found.get(name)!s:.50}, not {x!s:.50}"
-            raise UserError(f"{was}; give what made it, or another --name or --runs")
+            raise UserError(
+                f"{path} has {name} {found.get(name)!s:.50}, not {x!s:.50}; "
+                "give what made it, or another --name or --runs"
+            )
     return content
 
 
@@ -803,13 +797,11 @@ def lock(folder: Path, args):
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return filelock.FileLock(folder / f".lock{args.rank}").acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"another run writes to {folder}") from None
-    except (OSError, RuntimeError) as error:  # a file system without locks
-        raise UserError(f"cannot lock {folder}, --runs DIR chooses another: {error}") from None
+    except (OSError, RuntimeError) as error:  # Timeout, or a file system without locks
+        raise UserError(f"another run writes to {folder}, or no one can lock it: {error}") from None
 
 
-def compiled(function, _):
+def torch_compile(function, _):
     """A loss or a `Student`, to be compiled when it is first called."""
     torch.compiler.reset()  # it gives up after eight recompilations of one function
     if not isinstance(function, Student):
@@ -820,33 +812,29 @@ def compiled(function, _):
     return student
 
 
-def captured(function, inputs):
+def cuda_graph(function, inputs):
     """A function as a CUDA graph: for fixed shapes, each call overwrites the last result."""
     gc.collect()  # an old graph that Python frees only during the capture would spoil it
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.11 warns of its own side stream
-        return torch.cuda.make_graphed_callables(function, copy.deepcopy(inputs))
+    return torch.cuda.make_graphed_callables(function, copy.deepcopy(inputs))
 
 
 def accelerated(function, inputs: tuple, args):
     """A loss or a `Student`, compiled and on a GPU captured as a CUDA graph, for inputs, all
     leaves, like these. Whatever fails is left out with a warning."""
-    if not args.compile:
-        return function
-    ways = {"torch.compile": compiled, "CUDA graphs": captured}
-    if args.command == "distill" and not isinstance(function, Student):  # --eval-every
-        del ways["torch.compile"]  # its reset would undo the compiled student
-    if not inputs[0].is_cuda:
-        del ways["CUDA graphs"]
-    for name, way in ways.items():
-        print(f"{name}: up to a minute (--no-compile leaves it out)", file=sys.stderr)
+    ways = []
+    if isinstance(function, Student) or args.command != "distill":
+        ways.append(torch_compile)  # not within distill: its reset would undo the compiled student
+    if inputs[0].is_cuda:
+        ways.append(cuda_graph)
+    for way in ways if args.compile else []:
+        print(f"{way.__name__}: up to a minute (--no-compile leaves it out)", file=sys.stderr)
         try:
             faster = way(function, inputs)
             # square(): the gradient of a mere sum() has stride 0, and is compiled for separately
             faster(*inputs).square().sum().backward()
             function = faster
         except Exception as error:  # no C++ compiler, no Triton, an unsupported Python, ...
-            print(f"without {name}: {one_line(error)}", file=sys.stderr)
+            print(f"without {way.__name__}: {one_line(error)}", file=sys.stderr)
     return function
 
 
@@ -910,26 +898,20 @@ def new_network(arch: str, data: Dataset, args) -> nn.Module:
         raise UserError(f"{arch}: {error}") from None
 
 
-def fill_in(args, settings: dict) -> None:
-    """Sets the options that were not given."""
-    for name, value in settings.items():
-        if getattr(args, name, value) is None:
-            setattr(args, name, value)
-
-
-def start(args, found: dict) -> tuple[Dataset, dict, Path]:
-    """Loads the dataset and fills in the options that were not given, from the settings `found`
-    in a file of --distilled, then from the preset. Returns the dataset, the settings that
-    teachers and results share, and the folder of both. Raises UserError."""
+def start(args) -> tuple[Dataset, dict, Path]:
+    """Loads the dataset and fills in the options that were not given from the preset. Returns the
+    dataset, the settings that teachers and results share, and the folder of both. Raises
+    UserError."""
     as_distill_reads = args.command == "teachers" and args.ipc and not args.epochs
-    fill_in(args, found)
-    fill_in(args, {"dataset": "cifar10", "ipc": 1})
+    args.ipc = args.ipc or 1
     data = load_dataset(args.dataset, args.data_dir, args.size, args.classes)
     settings = preset(args.dataset, args.ipc, data.shape[1])
     if args.command == "distill":
         del settings["teachers"]  # all there are
-    fill_in(args, settings)
-    fill_in(args, {"name": f"ipc{args.ipc}_{args.method}_seed{args.seed}"})
+    for name, value in settings.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.name = args.name or f"ipc{args.ipc}_{args.method}_seed{args.seed}"
     if as_distill_reads:
         args.epochs = args.max_start_epoch - 1 + args.expert_epochs
     print(f"{data.name}: {len(data.train[1])} training and {len(data.test[1])} test images")
@@ -965,19 +947,19 @@ def same_options(args, command: str) -> str:
 
 def command_teachers(args) -> None:
     """Train teachers on the real data and keep their parameters at each epoch (Section 3.1)."""
-    data, settings, folder = start(args, {})
-    for name in ("lr_teacher", "batch_real", "precision"):
-        settings[name] = getattr(args, name)
+    data, settings, folder = start(args)
+    settings |= {
+        "lr_teacher": args.lr_teacher,
+        "batch_real": args.batch_real,
+        "precision": args.precision,
+    }
     print(f"settings: {settings}, {args.epochs} epochs; {args.machine}")
     net = new_network("convnet", data, args)
     with lock(folder / "teachers", args):
         todo = []
         for k in range(args.rank, args.teachers, args.ranks):  # teachers of this process
             path = folder / f"teachers/{k:03d}.pt"
-            done = 0
-            if path.exists():
-                done = len(load(path, settings, mmap=True)["thetas"]) - 1
-            if done < args.epochs:
+            if not path.exists() or len(load(path, settings, mmap=True)["thetas"]) <= args.epochs:
                 todo.append(path)
         remaining = torch.tensor(len(todo))
         sum_over_ranks(remaining)
@@ -996,12 +978,13 @@ def command_teachers(args) -> None:
                 thetas = list(load(path, settings)["thetas"])
             saved = time.time()
             epochs = range(len(thetas) - 1, args.epochs)
-            for epoch in tqdm(epochs, f"teacher {path.stem}", unit="epoch", leave=False):
+            for epoch in tqdm(epochs, f"teacher {path.stem}", leave=False):
                 seed_all(*seed, "epoch", epoch)
                 theta = train_teacher(ell, thetas[-1], images, args.lr_teacher, args.batch_real)
                 if not theta.isfinite().all():
-                    hint = "lower --lr-teacher, with another --runs"
-                    raise UserError(f"teacher {path.stem} diverged: {hint}")
+                    raise UserError(
+                        f"teacher {path.stem} diverged: lower --lr-teacher, with another --runs"
+                    )
                 thetas.append(theta)
                 if epoch + 1 == args.epochs or time.time() > saved + CHECKPOINT_SECONDS:
                     save({"thetas": torch.stack(thetas), "settings": settings}, path)
@@ -1041,7 +1024,7 @@ def matching_settings(args, N: int) -> Matching:
 
 def command_distill(args) -> None:
     """Distil a dataset into a few images per class (Algorithm 1)."""
-    data, settings, folder = start(args, {})
+    data, settings, folder = start(args)
     out = folder / args.name
     teachers = load_teachers(args, folder / "teachers", settings)
     m = matching_settings(args, args.ipc * len(data.classes))
@@ -1096,10 +1079,10 @@ def start_or_resume(args, data: Dataset, m: Matching, P: int, settings: dict, pa
     broadcast(exists)  # rank 0 may be quicker than others, and write it
     if exists:
         result = load(path, settings, device=args.device)
-        if result["W"].shape != (P,):
-            raise UserError(f"{path} has W of shape {tuple(result['W'].shape)}, not ({P},)")
+        if len(result["W"]) != P:
+            raise UserError(f"{path} has a W that is not of length {P}")
         d = Distillation(result["images"], result["labels"], P, m)
-        d.load_state_dict({name: result[name] for name in d.state_dict()})
+        d.load_state_dict(result, strict=False)  # which holds more than that
         d.optimizer.load_state_dict(result["optimizer"])
         d.t = result["iteration"]
         return d, result
@@ -1125,23 +1108,22 @@ def start_or_resume(args, data: Dataset, m: Matching, P: int, settings: dict, pa
 def save_checkpoint(d: Distillation, result: dict, path: Path) -> None:
     """What `distill` resumes from, and `eval` and `plot` read."""
     state = {"iteration": d.t, "optimizer": d.optimizer.state_dict()}
-    save({**result, **d.state_dict(), **state}, path)
+    save(result | d.state_dict() | state, path)
 
 
-LOG = ("iteration", "time", "loss", "alpha", "W_min", "W_1pct", "W_median", "W_mean")
+LOG = ("iteration", "time", "loss", "alpha", "W_min", "W_median", "W_mean")
 
 
 def log_row(d: Distillation, losses: list[Tensor]) -> list[float]:
     """A row of the log; its loss is the mean since the row before. Raises UserError."""
     loss = float(sum(losses) / len(losses))
-    if not (losses[-1].isfinite() and flat_parameters(d).isfinite().all() and d.alpha > 0):
+    if not (flat_parameters(d).isfinite().all() and d.alpha > 0):
         raise UserError(
             f"diverged by iteration {d.t} (loss {loss:.4g}, alpha {d.alpha.item():.4g}); the last "
             "checkpoint is kept: lower the learning rates and give the new run another --name"
         )
-    W = d.W.detach().sort().values  # quantile() takes no more than 16 million
-    spread = W[[0, len(W) // 100, len(W) // 2]].tolist()
-    return [d.t, time.time(), loss, d.alpha.item(), *spread, W.mean().item()]
+    W = d.W
+    return [d.t, time.time(), loss, *(x.item() for x in (d.alpha, W.min(), W.median(), W.mean()))]
 
 
 def draw(images: Tensor, normalise: Normalisation, ipc: int, path: Path) -> None:
@@ -1152,10 +1134,11 @@ def draw(images: Tensor, normalise: Normalisation, ipc: int, path: Path) -> None
 
 
 @torch.no_grad()
-def herding(net: nn.Sequential, theta: Tensor, ipc: int, x: Tensor) -> Tensor:
-    """Herding [83]: indices (ipc,) into x (N, C, H, W), by the inputs of the last layer."""
-    nn.utils.vector_to_parameters(theta.to(x.device), net.parameters())
-    features = torch.cat([net[:-1](part) for part in x.split(500)])  # (N, features)
+def herding(net: nn.Sequential, theta: Tensor, normalise, images: Tensor, ipc: int) -> Tensor:
+    """Herding [83]: indices (ipc,) into uint8 images (N, C, H, W), by the inputs of the network's
+    last layer."""
+    nn.utils.vector_to_parameters(theta.to(normalise.mean.device), net.parameters())
+    features = torch.cat([net[:-1](x) for x in normalise(images).split(500)])  # (N, features)
     chosen = []
     for n in range(1, ipc + 1):
         means = (features[chosen].sum(0) + features) / n  # of those chosen and one more
@@ -1182,31 +1165,25 @@ class TrainingSet:
 
 def command_eval(args) -> None:
     """Train fresh networks on the distilled images, test them on real ones (Section 4.1)."""
-    found = {}
     if args.distilled:
-        found = load(args.distilled, {}).get("settings", {})
         args.name = args.name or args.distilled.stem
-    data, shared, folder = start(args, found)
+    data, shared, folder = start(args)
     for arch in args.arch:
         new_network(arch, data, args)  # raises if the images are too small for it
     result = {}
     if "distilled" in args.on:
-        result = load_distilled(args, data, shared, folder, found)
-    choose = {"random": None}
+        result = load_distilled(args, data, shared, folder)
     if "herding" in args.on:
         hint = f"run first: {same_options(args, 'teachers')} --teachers 1"
         theta = load(folder / "teachers/000.pt", shared, hint)["thetas"][-1]
         net = new_network("convnet", data, args)
-        choose["herding"] = lambda x: herding(net, theta, args.ipc, x)
     out = folder / args.name
     out.mkdir(parents=True, exist_ok=True)
-    open(out / "results.jsonl", "a").close()  # raises now, not after training, if it cannot
-    if {"mean", "scale"} <= result.keys():
+    if "scale" in result:
         normalise = Normalisation(result["mean"], result["scale"])
     else:
         normalise = fit_normalisation(data, args)
-    print("trained on  network         accuracy  networks  epochs        lr  seconds")
-    diverged = []
+    converged = True
     for on in args.on:
         lr = args.lr_teacher
         t = None
@@ -1217,34 +1194,32 @@ def command_eval(args) -> None:
         elif on == "full":
             images = normalise.image_set(*data.train)
         else:
-            images = ImageSet(*real_images(data, normalise, args.ipc, choose[on]))
+            choose = choose_at_random
+            if on == "herding":
+                choose = functools.partial(herding, net, theta, normalise)
+            images = ImageSet(*real_images(data, normalise, args.ipc, choose))
         source = TrainingSet(on, normalise, lr, images, t)
         for arch in args.arch:
-            if not evaluate(args, data, source, arch, out):
-                diverged.append(f"{arch} on {on}")
-    if diverged:
-        raise UserError(f"{', '.join(diverged)} diverged: lower --lr")
+            converged &= evaluate(args, data, source, arch, out)
+    if not converged:
+        raise UserError("networks diverged, see above: lower --lr")
 
 
-def load_distilled(args, data: Dataset, shared: dict, folder: Path, found: dict) -> dict:
-    """The result of `distill` with these options, or the file of --distilled, whose settings
-    are `found`. It needs `images`, normalised, (N, C, H, W), `labels`, class numbers (N,) or
-    probabilities (N, classes), and `alpha` or --lr; it may have `mean`, `scale`, `iteration`."""
+def load_distilled(args, data: Dataset, shared: dict, folder: Path) -> dict:
+    """The result of `distill` with these options, or the file of --distilled. It needs `images`,
+    normalised, (N, C, H, W), `labels`, class numbers (N,) or probabilities (N, classes), and
+    `alpha` or --lr; it may have `mean` and `scale`, `iteration`, `settings`."""
     path = args.distilled or folder / args.name / "distilled.pt"
-    hint = f"run first: {same_options(args, 'distill')}"
     wanted = {**shared, "ipc": args.ipc}
-    if args.distilled:
-        wanted = {key: wanted[key] for key in ("classes", "zca", "ipc") if key in found}
-    result = load(path, wanted, hint, args.device)
-    images = result.get("images")
-    labels = result.get("labels")
+    if args.distilled:  # perhaps of another width, version or program
+        wanted = {key: wanted[key] for key in ("classes", "zca", "ipc")}
+    result = load(path, wanted, f"run first: {same_options(args, 'distill')}", args.device)
+    images = torch.as_tensor(result.get("images", []))
+    labels = torch.as_tensor(result.get("labels", []))
     n = len(data.classes)
     fits = (
-        torch.is_tensor(images)
-        and torch.is_tensor(labels)
-        and images.shape[1:] == data.shape
+        images.shape[1:] == data.shape
         and labels.shape in ((len(images),), (len(images), n))
-        and len(images) > 0
         and images.is_floating_point()
         and 0 <= labels.min() <= labels.max() < n
     )
@@ -1264,9 +1239,8 @@ def load_distilled(args, data: Dataset, shared: dict, folder: Path, found: dict)
 def confusion_matrix(net: nn.Module, theta: Tensor, images: ImageSet) -> Tensor:
     """Entry (r, c): number of images of class r that the network classifies as c."""
     nn.utils.vector_to_parameters(theta, net.parameters())
-    starts = range(0, len(images), 250)
-    scores = torch.cat([net(images[k : k + 250][0]) for k in starts])  # (N, classes)
-    n = scores.shape[1]
+    scores = torch.cat([net(images[k : k + 250][0]) for k in range(0, len(images), 250)])
+    n = scores.shape[1]  # of classes
     return torch.bincount(n * images.y + scores.argmax(1), minlength=n * n).view(n, n)
 
 
@@ -1282,8 +1256,7 @@ def evaluate(args, data: Dataset, source: TrainingSet, arch: str, out: Path) -> 
     ell = fast_loss(net, images, args)
     classes = len(data.classes)
     matrices = torch.zeros(args.nets, classes, classes, dtype=torch.int64)
-    networks = range(args.rank, args.nets, args.ranks)  # of this process
-    for k in tqdm(networks, f"{arch} on {source.on}", unit="network", leave=False):
+    for k in tqdm(range(args.rank, args.nets, args.ranks), f"{arch} on {source.on}", leave=False):
         seed_all(args.seed, "eval", source.on, arch, k)
         theta = flat_parameters(new_network(arch, data, args))
         if source.on == "random":
@@ -1294,7 +1267,7 @@ def evaluate(args, data: Dataset, source: TrainingSet, arch: str, out: Path) -> 
         matrices[k] = confusion_matrix(net, theta, test)
     sum_over_ranks(matrices)
     if not matrices.sum((1, 2)).all():
-        tqdm.write(f"{source.on:<12}{arch:<10}diverged at the learning rate {lr:.4g}")
+        tqdm.write(f"{source.on:<10}{arch:<9}diverged at the learning rate {lr:.4g}")
         return False
     scores = [100 * matrix.trace().item() / len(test) for matrix in matrices]
     row = {
@@ -1313,9 +1286,10 @@ def evaluate(args, data: Dataset, source: TrainingSet, arch: str, out: Path) -> 
         "seconds": time.time() - began,
         "confusion": matrices.sum(0).tolist(),
     }
-    accuracy = f"{row['mean']:.1f} ± {row['std']:.1f} %"
-    numbers = f"{args.nets:>10}{epochs:>8}{lr:>10.5f}{row['seconds']:>9.0f}"
-    tqdm.write(f"{source.on:<12}{arch:<10}{accuracy:>14}{numbers}")
+    tqdm.write(
+        f"{source.on:<10}{arch:<9}{row['mean']:5.1f} ± {row['std']:.1f} % ({args.nets} networks, "
+        f"{epochs} epochs, learning rate {lr:.5f}, {row['seconds']:.0f} s)"
+    )
     if args.rank == 0:
         with open(out / "results.jsonl", "a") as file:
             file.write("\n" + json.dumps(row))  # its own line, even after an incomplete one
@@ -1355,10 +1329,10 @@ def draw_curves(result: dict, log: np.ndarray, rows: list[dict], path: Path) -> 
     axes[2].legend(LOG[4:])
     for row in rows:
         if row["on"] == "distilled" and row["arch"] == "convnet":
-            color = "C1" if row.get("lr_given") else "C0"
+            color = "C1" if row["lr_given"] else "C0"
             accuracy.errorbar(row["iteration"], row["mean"], row["std"], fmt="o", color=color)
     accuracy.set(xlabel="iteration", ylabel="test accuracy of ConvNets, % (orange: --lr)")
-    figure.savefig(path, dpi=130)
+    figure.savefig(path)
 
 
 def draw_pairs(result: dict, path: Path) -> None:
@@ -1375,7 +1349,7 @@ def draw_pairs(result: dict, path: Path) -> None:
         np.arange(n) + 0.5, result["settings"]["classes"][:n], rotation=30, parse_math=False
     )
     axes.set_yticks([0.5, 1.5], ["distilled", "real"])
-    figure.savefig(path, dpi=130)
+    figure.savefig(path)
 
 
 def draw_gif(pictures: list[Path], path: Path) -> None:
@@ -1386,7 +1360,7 @@ def draw_gif(pictures: list[Path], path: Path) -> None:
         frame.thumbnail((1100, 1100))
         frame = ImageOps.expand(frame, (0, 14, 0, 0), "white")
         ImageDraw.Draw(frame).text((4, 2), picture.stem.replace("images_", "iteration "), "black")
-        frames.append(frame.quantize(128))
+        frames.append(frame)
     if frames:
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=250, loop=0)
 
@@ -1413,7 +1387,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     rate = between(0, 1e30)
     above_zero = between(1e-12, 1e30)
     add = parser.add_argument_group("data and network (all three commands)").add_argument
-    add("--dataset", help="name of a preset below, or a folder {train,test}/*/* (cifar10)")
+    add("--dataset", default="cifar10", help="preset below or folder {train,test}/*/* (cifar10)")
     add("--data-dir", type=Path, default="data", help="CIFAR's, covid's, ... folder (data)")
     add("--classes", nargs="+", default=[], help="classes to use, of folders of images (all)")
     add("--size", type=between(1, 512, int), help="pixels a side to resize to (covid: 112)")
@@ -1498,8 +1472,7 @@ def set_up_device(args) -> None:
         raise UserError(f"--device {name}: {one_line(error)}") from None
     tune(device)
     if launched:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        dist.init_process_group(timeout=datetime.timedelta(days=1))  # Gloo, and NCCL on CUDA
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         processor = torch.cuda.get_device_name(device)
@@ -1538,8 +1511,6 @@ def main(argv: list[str] | None = None) -> int:
         message = "out of memory; smaller --size, --width, --batch, --batch-real, --steps need less"
     finally:
         sys.stderr = stderr  # for a traceback
-    if args.rank > 0:
-        time.sleep(5)  # if rank 0 says the same, torchrun ends this process meanwhile
     print(f"iadd.py: error: {message}", file=stderr)
     return 2
 

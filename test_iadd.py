@@ -537,10 +537,11 @@ def test_real_images_are_of_their_class_and_distinct():
 
 def test_herding_by_hand():
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1, 1))
-    x = torch.tensor([0.0, 10.0, 2.0, 3.0, 100.0]).view(5, 1, 1, 1)  # their mean is 23
+    images = torch.tensor([0, 10, 2, 3, 100], dtype=torch.uint8).view(5, 1, 1, 1)  # mean 23
+    normalise = Normalisation(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))  # divides by 255
     # First 10. Then 3: a mean of 6.5; with 100 it would be 55. Then 100: 37.7; with 2 it would be
     # 5. Then 0: 28.25.
-    assert iadd.herding(net, torch.zeros(2), 4, x).tolist() == [1, 3, 4, 0]
+    assert iadd.herding(net, torch.zeros(2), normalise, images, 4).tolist() == [1, 3, 4, 0]
 
 
 # ---- 7. Settings ---------------------------------------------------------------------------------
@@ -554,7 +555,7 @@ def completed(line, side=32):
         "?", ["a", "b"], *[(torch.zeros(0, 3, side, side), torch.arange(2).repeat(60))] * 2
     )
     with mock.patch("iadd.load_dataset", lambda *_: data):
-        return args, iadd.start(args, {})[2].name
+        return args, iadd.start(args)[2].name
 
 
 def test_presets():
@@ -676,7 +677,7 @@ def test_a_folder(tmp_path, capsys):
     assert y.tolist() == [0] * 13 + [1] * 12 + [2] * 12 and x[12, :, 0, 0].tolist() == [255, 0, 0]
     assert (x[13:].float().mean((1, 2, 3)) // 50).tolist() == [1] * 12 + [2] * 12
     assert data.test[1].tolist() == [0] * 3 + [1] * 3 + [2] * 3
-    assert f"train: 2 files are not images, such as {root}/train/cat/" in capsys.readouterr().out
+    assert f"{root}/train: 2 of 39 files are not images" in capsys.readouterr().out
     part = iadd.load_dataset(str(root), tmp_path, 8, ["emu", "cat", "emu"])
     assert part.shape == (3, 8, 8) and part.classes == ["cat", "emu"]
     (root / "test").rename(root / "val")
@@ -832,7 +833,7 @@ def test_what_makes_it_faster_may_fail(tool, monkeypatch, capsys):
     ell = iadd.cross_entropy(net)
     assert iadd.accelerated(ell, (theta, x[0].detach(), y[0]), args) is ell
     warnings = [line for line in capsys.readouterr().err.splitlines() if "without " in line[:9]]
-    name = "CUDA graphs" if graph else "torch.compile"
+    name = "cuda_graph" if graph else "torch_compile"
     assert warnings == [f"without {name}: RuntimeError: cl is not found"]
     args.compile = False
     assert iadd.accelerated(ell, (theta,), args) is ell and not capsys.readouterr().err
@@ -950,23 +951,25 @@ def test_baselines(run, monkeypatch):
     assert not torch.equal(first, second) and not torch.equal(first, third)
     net = iadd.convnet((3, 16, 16), 3, 4).to(DEVICE)
     theta = thetas(run.folder / "teachers/000.pt")[-1]
-    assert torch.allclose(full[iadd.herding(net, theta, 1, full[:12])], herded[:1], atol=1e-5)
+    images = iadd.load_dataset(f"{run.tmp}/pets", None).train[0]
+    normalise = Normalisation.fit(images, True, DEVICE)
+    chosen = iadd.herding(net, theta, normalise, images[:12], 1)
+    assert torch.allclose(full[chosen], herded[:1], atol=1e-5)
 
 
-def test_eval_of_a_file_from_elsewhere(run, tmp_path, monkeypatch):
-    """It brings its normalisation, its IPC and the name of its dataset; or it is only images."""
+def test_eval_of_a_file_from_elsewhere(run, tmp_path):
+    """It brings its normalisation, or it is only images."""
     two = f"{run.distil} --ipc 2 --max-start-epoch 1 --iterations 1 --name two"
     assert command(two) == 0
     content = torch.load(run.folder / "two/distilled.pt", weights_only=True)
     torch.save(content, tmp_path / "gift.pt")
     bare = {name: content[name] for name in ("images", "labels")}  # ZCA and alpha are added
     torch.save({**bare, "labels": F.one_hot(bare["labels"], 3)}, tmp_path / "bare.pt")
-    monkeypatch.chdir(run.tmp)  # where pets is a folder
-    line = run.eval.replace(f"--dataset {run.tmp}/pets", f"--distilled {tmp_path}/gift.pt")
-    assert command(f"{line} --on distilled random") == 0
+    line = f"{run.eval} --ipc 2 --distilled {tmp_path}"
+    assert command(f"{line}/gift.pt --on distilled random") == 0
     assert command(f"{run.eval} --ipc 2 --name two") == 0
     alpha = content["alpha"].item()
-    assert command(f"{run.eval} --distilled {tmp_path}/bare.pt --lr {alpha}") == 0
+    assert command(f"{line}/bare.pt --lr {alpha}") == 0
     (theirs, random_ones), (mine,) = rows_of(run.folder / "gift"), rows_of(run.folder / "two")
     (other,) = rows_of(run.folder / "bare")
     for row in (theirs, other):
@@ -1006,7 +1009,7 @@ def test_plot(run, monkeypatch):
     loss, alpha, spread, mismatch, W = drawn
     assert loss.tolist() == [row["loss"] for row in rows]
     assert alpha.tolist() == [row["alpha"] for row in rows]
-    names = ("W_min", "W_1pct", "W_median", "W_mean")
+    names = ("W_min", "W_median", "W_mean")
     assert spread.tolist() == [[1 - row[name] for name in names] for row in rows]
     assert torch.equal(W, 1 - content["W"]) and torch.equal(mismatch, content["mismatch"].abs())
     text = (run.out / "results.jsonl").read_text().split("\n")
@@ -1022,7 +1025,7 @@ def test_plot(run, monkeypatch):
         assert film.n_frames == 7
         frame = np.asarray(film.convert("RGB")).astype(float)
     first = np.asarray(Image.open(run.out / "images_00000.png").convert("RGB"))
-    assert abs(frame[14:] - first).mean() < 10  # of 128 colours, below the iteration
+    assert abs(frame[14:] - first).mean() < 10  # of 256 colours, below the iteration
 
 
 def test_pairs_are_before_and_after(run, monkeypatch):
@@ -1172,7 +1175,7 @@ def test_a_save_that_fails_leaves_the_old_file(run, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        assert "full/distilled.tmp" in refused(capsys, f"{line} --iterations 8")
+        assert "File too large" in refused(capsys, f"{line} --iterations 8")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert identical(state_of(run.folder / "full"), before)
@@ -1212,7 +1215,7 @@ def test_a_network_that_diverges_does_not_stop_the_others(run, capsys, monkeypat
 
     monkeypatch.setattr(iadd, "train_network", spoil)
     line = f"{run.eval} --seed 7 --name {run.out.name} --arch alexnet convnet"
-    assert "alexnet on distilled diverged: lower --lr" in refused(capsys, line)
+    assert "networks diverged, see above: lower --lr" in refused(capsys, line)
     assert [row["arch"] for row in rows_of(run.out) if row["seed"] == 7] == ["convnet"]
 
 
@@ -1320,10 +1323,9 @@ sys.exit(iadd.main())
     assert all(map(torch.equal, a, b))
 
 
-def test_a_mistake_is_said_once(run):
+def test_a_mistake_ends_all_processes(run):
     done = torchrun(f"{run.distil} --name few")
-    said = [line for line in done.stderr.splitlines() if "iadd.py: error" in line]
-    assert done.returncode and len(said) == 1 and "--segments 2" in said[0]
+    assert done.returncode and "error: 2 processes need --segments 2" in done.stderr
     assert not (run.folder / "few").exists()
 
 
@@ -1350,19 +1352,19 @@ teachers --dataset shapes --size 8               | --size
 teachers --dataset shapes --classes disk ring    | --classes
 teachers --dataset covid --data-dir nowhere      | there is no folder nowhere
 teachers --dataset covid --data-dir zoo/train    | covid: no training images of hollow; see README
-teachers --dataset covid --data-dir xrays/COVID  | covid needs & two classes; found: ['images']
+teachers --dataset covid --data-dir xrays/COVID  | xrays/COVID has classes ['images']; miss
 distill --dataset tinyimagenet --data-dir none   | there is no folder none
 teachers --dataset tinyimagenet --data-dir tiny  | tinyimagenet: no test images of n01, n02
 teachers --dataset xrays                         | xrays/train
-teachers --dataset zoo                           | zoo/test has no folders ['elk', 'fox']
-teachers --dataset zoo --classes cat             | two classes & ['cat']
-teachers --dataset zoo --classes cat Dog         | zoo/train needs folders of classes ['Dog'], has
+teachers --dataset zoo                           | zoo/test has classes & missing & ['elk']
+teachers --dataset zoo --classes cat             | zoo/train has classes & two or more: []
+teachers --dataset zoo --classes cat Dog         | zoo/train has classes & ['Dog']
 teachers --dataset zoo --classes cat hollow      | zoo: no training images of hollow; see README
-teachers --dataset zoo --classes cat cat/        | zoo/train needs folders of classes ['cat/']
-teachers --dataset zoo --classes cat elk         | zoo/test needs folders of classes ['elk'], has
+teachers --dataset zoo --classes cat cat/        | zoo/train has classes & missing & ['cat/']
+teachers --dataset zoo --classes cat elk         | zoo/test has classes & ['elk']
 teachers --dataset no_test                       | there is no folder no_test/test/cat, see README
 teachers --dataset many                          | many: no test images of c00, c01, c02
-teachers --dataset dataset                       | dataset/train needs folders of classes [], has
+teachers --dataset dataset                       | dataset/train has classes []
 teachers --dataset photos                        | cat/x.png has 32 x 24 pixels & --size N makes
 teachers --dataset sizes                         | sizes/test/dog/0.png & 20 x 20 & --size N makes
 teachers --dataset broken                        | 12 of the images & 8-bit images
@@ -1381,18 +1383,16 @@ teachers --dataset broken                        | 12 of the images & 8-bit imag
 {distil} --precision bf16                        | precision float32, not bf16
 {distil} --batch 2                               | batch 3, not 2
 {distil} --runs other                            | teacher_checksum
-{distil} --name hurt                             | hurt/distilled.pt has W of shape
+{distil} --name hurt                             | hurt/distilled.pt has a W that is not
 {distil} --name old                              | old/distilled.pt has version None, not
 {distil} --runs cut                              | cannot read & teachers/000.pt
 {eval} --on full herding --runs none             | teachers/000.pt; run first: python & --teach
 {eval} --ipc 3                                   | there is no & ipc3_iadd & run first: python
 {eval} --ipc 2 --name {out.name}                 | distilled.pt has ipc 1, not 2
-{eval} --name closed                             | results.jsonl
 {eval} --distilled none.pt                       | there is no none.pt
 {eval} --distilled {gift} --ipc 2                | distilled.pt has ipc 1, not 2
 {eval} --distilled {gift} --no-zca               | distilled.pt has zca True, not False
-{eval} --dataset shapes --distilled {gift}       | classes ['cat', 'dog', 'emu'], not ['disk'
-eval --distilled {gift}                          | there is no folder pets
+eval --dataset shapes --distilled {gift}         | classes ['cat', 'dog', 'emu'], not ['disk'
 {eval} --distilled images0.pt                    | images0.pt needs images & 16, 16) & README
 {eval} --distilled labels0.pt                    | labels0.pt needs & labels
 {eval} --distilled labels1.pt                    | labels1.pt needs & labels
@@ -1404,7 +1404,7 @@ eval --distilled {gift}                          | there is no folder pets
 {eval} --distilled half.pt                       | cannot read half.pt
 {eval} --distilled list.pt                       | cannot read list.pt
 {eval} --distilled evil.pt                       | cannot read evil.pt
-{eval} --distilled teacher.pt                    | teacher.pt needs images
+{eval} --distilled teacher.pt                    | teacher.pt has ipc None, not 1
 plot none                                        | there is no none/distilled.pt
 """
 
@@ -1462,11 +1462,9 @@ def spoilt(run):
     for name, changed in {
         "hurt": {"W": content["W"][1:]},
         "old": {"settings": former, "format": 2},
-        "closed": {},
     }.items():
         (run.folder / name).mkdir()
         torch.save({**content, **changed}, run.folder / name / "distilled.pt")
-    (run.folder / "closed/results.jsonl").mkdir()
     return bad
 
 
@@ -1499,8 +1497,8 @@ def test_bad_input(run, spoilt, line, says, monkeypatch, capsys):
     "name, error, line, says",
     [  # what other machines do
         ("torchvision.datasets.CIFAR10.__init__", RuntimeError("no route"), "", "cannot download"),
-        ("filelock.FileLock.acquire", OSError(37, "No locks"), "--dataset shapes", "cannot lock"),
-        ("filelock.FileLock.acquire", NotImplementedError(), "--dataset shapes", "cannot lock"),
+        ("filelock.FileLock.acquire", OSError(37, "No locks"), "--dataset shapes", "No locks"),
+        ("filelock.FileLock.acquire", NotImplementedError(), "--dataset shapes", "can lock it"),
         ("torch.zeros", TypeError("MPS has no float64"), "--device cpu", "cpu: TypeError: MPS has"),
         ("iadd.load_dataset", torch.OutOfMemoryError("2 GB"), "", "out of memory; smaller --size"),
         ("iadd.load_dataset", MemoryError(), "", "out of memory; smaller --size"),
