@@ -4,10 +4,10 @@
     python iadd.py distill --ipc 1             # the distilled images             (Algorithm 1)
     python iadd.py eval --arch vgg11           # fresh networks, trained on them  (Section 4.4)
 
-Give the three commands the same options: each ignores those it does not need (see --help). With
+Other options than these (see --help): give the same to all three; each uses those it needs. With
 `--dataset shapes` they take three minutes on two CPU cores; `eval --on distilled random full`
 prints 57.4 ± 5.5 % for one distilled image per class, 29.5 ± 3.5 for one real, 99.5 ± 0.2 for
-all 2,000. CIFAR-10, IPC 1, 50 teachers, T = 5000: 44.9 ± 0.9 (paper, 200: 46.5 ± 1.1).
+all 2,000. CIFAR-10, IPC 1, 50 teachers, T = 5000: 44.9 ± 0.9 (paper, 200 teachers: 46.5 ± 1.1).
 
 The paper: Guang Li, Ren Togo, Takahiro Ogawa, Miki Haseyama, Neural Networks 172, 2024, arXiv
 2401.15863; sections, equations, figures, tables and lines (of Algorithm 1) are that paper's.
@@ -15,9 +15,9 @@ Train many teachers on the real data and keep their parameters before training a
 epoch. Then take a few real images per class (IPC) and repeat T times: let a student start where
 a random teacher was after a random early epoch i, take J steps of gradient descent on the
 augmented distilled images, and see how far it ends from where the teacher was K epochs later.
-That squared distance, each parameter weighted by its importance W, divided by the squared
-distance that the teacher travelled, is back-propagated through all J steps into the images, the
-student's learning rate alpha and W. With W = 1 this is MTT [51], whose settings fill the gaps.
+The difference, each parameter times its importance W, is squared, summed and divided by the
+squared distance that the teacher travelled. This loss is back-propagated into W and, through all
+J steps, into the images and alpha. With W = 1 this is MTT [51], whose settings fill the gaps.
 
 Glossary
     theta       all parameters of a network as one vector, (P,)       theta, theta~, Eq. (3)-(5)
@@ -29,7 +29,7 @@ Glossary
     T, J        distillation iterations; steps of a student           --iterations, --steps
     K           epochs of a teacher (the paper: its updates)          --expert-epochs
     max_start   a student starts at an epoch i < max_start            I+, --max-start-epoch
-    S           segments of teachers, averaged; the paper: 1          --segments
+    S           segments (theta_start, theta_target) to average over  --segments; the paper: 1
 
 References, numbered as in the paper; its data: [53] CIFAR, [80] Tiny ImageNet, [81] COVID-19
     [6] AlexNet, Krizhevsky 2012; [7] ResNet, He 2016, arXiv 1512.03385; [89] VGG, Simonyan 2015,
@@ -71,7 +71,7 @@ from tqdm.auto import tqdm
 
 # ---- 1. The student: J steps of gradient descent, and the way back through them (Section 3.1)
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # ell(theta, x, y)
 
 
 def flat_parameters(net: nn.Module) -> Tensor:
@@ -80,8 +80,8 @@ def flat_parameters(net: nn.Module) -> Tensor:
 
 
 def cross_entropy(net: nn.Module, precision: str = "float32") -> Loss:
-    """Returns ell(theta, x, y), the mean cross-entropy, (), of `net` with parameters theta (P,)
-    on images x (B, C, H, W) with labels y (B,), in bfloat16 ("bf16") or in the dtype of theta.
+    """Returns ell(theta, x, y), the mean cross-entropy of `net` with parameters theta (P,) on
+    images x (B, C, H, W) with labels y (B,), a scalar; in bfloat16 ("bf16") or theta's dtype.
     ell raises RuntimeError if `net` has buffers: only parameters are matched."""
     named = dict(net.named_parameters())
     sizes = [p.numel() for p in named.values()]
@@ -115,7 +115,7 @@ class Student:
         return v - alpha * Hv, -(v @ g), -alpha * dg_dx_v
 
     def __call__(self, theta: Tensor, alpha: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        if not theta.requires_grad:  # as from the second step on; else `step` is compiled twice
+        if not theta.requires_grad:  # as in all later steps, so that `step` is compiled once
             theta = theta.detach().requires_grad_()
         for x_j, y_j in zip(x, y):  # Algorithm 1, lines 6 and 10
             theta = StudentStep.apply(self, theta, alpha, x_j, y_j)  # lines 8, 9
@@ -134,7 +134,7 @@ class StudentStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, v):
-        return None, *ctx.student.step_back(v, *ctx.saved_tensors), None  # of student, ..., y
+        return None, *ctx.student.step_back(v, *ctx.saved_tensors), None  # student, ..., y
 
 
 # ---- 2. The loss and Algorithm 1 (Sections 3.2, 3.3) -------------------------------------
@@ -167,7 +167,7 @@ class Distillation(nn.Module):
         self.t = 0  # iterations done
         self.images = nn.Parameter(images.clone())  # Algorithm 1, line 1
         self.alpha = nn.Parameter(images.new_tensor(m.alpha))  # line 2
-        # W_0, the paper's "unit vector": all ones; in float32 updates at 1e-4 would vanish
+        # W_0, the paper's "unit vector": all ones; float32 would round updates of 1e-10 to 0
         self.W = nn.Parameter(images.new_ones(P, dtype=torch.float64))
         self.register_buffer("labels", labels)
         self.register_buffer("mismatch", images.new_zeros(P))  # of the last student, for `plot`
@@ -190,7 +190,7 @@ def iadd_loss(theta: Tensor, theta_start: Tensor, theta_target: Tensor, W: Tenso
 
 def importance_weights(m: Matching, W: Tensor, mismatch: Tensor) -> Tensor:
     """The weights (P,) of a mismatch (P,). IADD learns them; MTT's [51] are 1; DDPP [54] drops
-    what is hardest to match: here the fraction epsilon of each segment (the paper has no rule)."""
+    the parameters hardest to match: here a fraction epsilon, for each student (no rule given)."""
     if m.method == "iadd":
         return W
     if m.method == "mtt":
@@ -218,7 +218,7 @@ def minibatches(n: int, batch: int, J: int) -> Tensor:
 
 def student_batches(images: Tensor, labels: Tensor, batch: int, J: int) -> tuple[Tensor, Tensor]:
     """J augmented mini-batches, x (J, batch, C, H, W), y (J, batch): Eq. (1), line 7."""
-    index = minibatches(len(images), batch, J).to(images.device)  # an iteration's, all at once
+    index = minibatches(len(images), batch, J).to(images.device)  # copied once for all J
     x = images.index_select(0, index.flatten())  # on a CPU its gradient adds in a fixed order
     return augment(x.view(J, batch, *images.shape[1:])), labels[index]
 
@@ -252,11 +252,10 @@ def iteration(d: Distillation, student, teachers: list[Tensor], m: Matching, seg
 
 
 # ---- 3. DSA: differentiable Siamese augmentation [47], the curly A in Eq. (2) ------------
-# x is (N, C, H, W), and each image draws its own parameters
 
 
 def uniform(x: Tensor, low: float, high: float) -> Tensor:
-    """A number from U(low, high) for each image of x, (N, 1, 1, 1), the same on every device."""
+    """U(low, high) for each image of x (N, C, H, W), drawn on the CPU: (N, 1, 1, 1)."""
     return torch.rand(len(x), 1, 1, 1, dtype=x.dtype).to(x.device) * (high - low) + low
 
 
@@ -274,7 +273,7 @@ def dsa_crop(x: Tensor) -> Tensor:
     side = x.shape[-1]
     reach = round(side / 8)
     shift = torch.randint(-reach, reach + 1, (2, len(x))).to(x.device)
-    dx, dy = 2 * shift / (side - 1)  # `warp` has the side in [-1, 1]
+    dx, dy = 2 * shift / (side - 1)  # in pixels; in `warp` the side is 2 long
     return warp(x, tx=dx, ty=dy, mode="nearest")
 
 
@@ -327,7 +326,7 @@ def augment(x: Tensor) -> Tensor:
     return torch.cat(done)[order.argsort()]  # in the order of x again
 
 
-# ---- 4. Networks. GroupNorm with a channel a group is instance normalisation, without buffers
+# ---- 4. Networks. GroupNorm with one channel per group is instance normalisation ---------
 
 
 def plain_network(shape, classes: int, layers: list, norm: bool = True) -> nn.Module:
@@ -373,7 +372,7 @@ def vgg11(shape, classes: int) -> nn.Module:
 
 def resnet18(shape, classes: int) -> nn.Module:
     """ResNet18 [7] for small images: a 3x3 stem without stride or pooling."""
-    if shape[1] <= 8:  # its last stage would normalise single pixels, that is, make all alike
+    if shape[1] <= 8:  # its last stage would normalise single pixels, that is, set all to 0
         raise ValueError(f"images of {shape} are too small for this network")
     net = torchvision.models.resnet18(norm_layer=lambda w: nn.GroupNorm(w, w), num_classes=classes)
     net.conv1 = nn.Conv2d(shape[0], 64, 3, padding=1, bias=False)
@@ -483,7 +482,7 @@ def choose_at_random(images: Tensor, ipc: int) -> Tensor:
 
 def real_images(data: "Dataset", normalise: Normalisation, ipc: int, choose=choose_at_random):
     """`ipc` training images of each class, normalised, class after class, and their labels: random
-    ones (Algorithm 1, line 1), or those whose indices `choose` returns for a class's images."""
+    ones (Algorithm 1, line 1), or those at the indices choose(uint8 images of a class, ipc)."""
     images, labels = data.train
     chosen = []
     for c in range(len(data.classes)):
@@ -500,10 +499,10 @@ class UserError(Exception):
     """A mistake that the user can correct: `main` prints it as one line and returns 2."""
 
 
-# ---- 7. Settings: default < preset < command line ----------------------------------------
+# ---- 7. Settings of the commands, where no option is given -------------------------------
 # First table: the paper's (Sections 4.1, 4.2, 4.5); lr_teacher, batch_real: MTT's; covid's
-# iterations: a guess. Second: MTT's, ZCA where MTT has it; covid: MTT's for 128 x 128 pixels.
-# shapes: ours. batch 0: all
+# iterations: a guess. Second: MTT's, ZCA too (Section 4.2: always); covid: MTT's for 128 x 128
+# pixels. shapes: ours. batch 0: all
 PRESETS = """
 dataset      teachers epochs lr_teacher batch_real iterations width compile
 cifar10           200     50        .01        256       5000   128    True
@@ -585,7 +584,7 @@ def load_dataset(name: str, data_dir: Path, size: int | None = None, only=()) ->
     root = data_dir if name in ("tinyimagenet", "covid") else Path(name)
     if not root.is_dir():
         raise UserError(f"there is no folder {root}; --dataset takes one, or a name in --help")
-    if name == "covid":  # Section 4.5
+    if name == "covid":  # 112 x 112: Section 4.1; grey: ours
         return read_dataset(name, *list_covid(root, only), size or 112, "L")
     return read_dataset(Path(name).resolve().name, *list_folder(root, only), size, "RGB")
 
@@ -610,12 +609,12 @@ def load_cifar(name: str, data_dir: Path) -> Dataset:
 
 def list_images(folder: Path, only=()) -> tuple[list[str], list]:
     """Classes, all or `only`, and (path, label) of each image in folder/<class>, listed as
-    torchvision's ImageFolder does, but without hidden files. Counts what is not an image."""
+    torchvision's ImageFolder does, but without hidden files. Prints how many are not images."""
     found = [c for c in find_classes(folder)[0] if c[0] != "."]
     classes = sorted(set(only)) or found
     missing = sorted(set(classes) - set(found))
     if missing or len(classes) < 2:
-        raise UserError(f"{folder} has classes {found[:9]}; missing of two or more: {missing[:9]}")
+        raise UserError(f"{folder} has classes {found[:9]}, lacks {missing[:9]}; two are needed")
     labels = {c: label for label, c in enumerate(classes)}
     files = make_dataset(
         folder,
@@ -729,26 +728,26 @@ def make_shapes(train: int = 200, test: int = 50, seed: int = 0) -> Dataset:
     rng = np.random.default_rng(seed)
     grid = np.linspace(-1, 1, 32)
 
-    def draw(low, high, channels=1):
+    def sample(low, high, channels=1):
         return rng.uniform(low, high, (train + test, channels, 1, 1))
 
     images = []  # (train + test, 3, 32, 32) of each class
     for figure in SHAPES.values():
-        x = grid - draw(-0.3, 0.3)  # (train + test, 1, 1, 32)
-        y = grid[:, None] - draw(-0.3, 0.3)  # (train + test, 1, 32, 1)
-        tilt = draw(-0.3, 0.3)
-        scale = draw(0.4, 0.8)
+        x = grid - sample(-0.3, 0.3)  # (train + test, 1, 1, 32)
+        y = grid[:, None] - sample(-0.3, 0.3)  # (train + test, 1, 32, 1)
+        tilt = sample(-0.3, 0.3)
+        scale = sample(0.4, 0.8)
         u = (np.cos(tilt) * x - np.sin(tilt) * y) / scale
         v = (np.sin(tilt) * x + np.cos(tilt) * y) / scale
         inside = (figure(u, v) * scale * 32 / 2 + 0.5).clip(0, 1)  # with soft edges
-        image = draw(0, 0.5, 3) + inside * draw(0.2, 0.5, 3)
-        image *= 1 + draw(-0.3, 0.3) * x + draw(-0.3, 0.3) * y
+        image = sample(0, 0.5, 3) + inside * sample(0.2, 0.5, 3)
+        image *= 1 + sample(-0.3, 0.3) * x + sample(-0.3, 0.3) * y
         image += rng.normal(0, 0.15, image.shape)
         images.append(torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)))
     x, test_x = torch.stack(images).split([train, test], 1)  # (10, train, 3, 32, 32), ...
-    y = torch.arange(len(SHAPES))
-    train_part = x.flatten(0, 1), y.repeat_interleave(train)
-    test_part = test_x.flatten(0, 1), y.repeat_interleave(test)
+    labels = torch.arange(len(SHAPES))
+    train_part = x.flatten(0, 1), labels.repeat_interleave(train)
+    test_part = test_x.flatten(0, 1), labels.repeat_interleave(test)
     return Dataset("shapes", list(SHAPES), train_part, test_part)
 
 
@@ -773,9 +772,8 @@ def save(content: dict, path: Path) -> None:
 
 
 def load(path: Path, settings: dict, hint="see README", device="cpu", mmap: bool = False) -> dict:
-    """The dictionary that `save` wrote; its settings, if it has any, must contain these. hint:
-    what to do if there is no such file. weights_only: no code in the file is run. Raises
-    UserError."""
+    """The dictionary that `save` wrote; no code in the file is run. Its settings, if it has any,
+    must agree with `settings`. hint: what to do if there is no such file. Raises UserError."""
     try:
         content = torch.load(path, device, mmap=mmap, weights_only=True)
         found = content.get("settings", settings)
@@ -786,8 +784,8 @@ def load(path: Path, settings: dict, hint="see README", device="cpu", mmap: bool
     for name, x in settings.items():
         if found.get(name) != x:
             raise UserError(
-                f"{path} has {name} {found.get(name)!s:.50}, not {x!s:.50}; "
-                "give what made it, or another --name or --runs"
+                f"{path} was made with {name} {found.get(name)!s:.50}, not {x!s:.50}; "
+                "give the same options, or another --name or --runs"
             )
     return content
 
@@ -798,7 +796,7 @@ def lock(folder: Path, args):
     try:
         return filelock.FileLock(folder / f".lock{args.rank}").acquire(timeout=0)
     except (OSError, RuntimeError) as error:  # Timeout, or a file system without locks
-        raise UserError(f"another run writes to {folder}, or no one can lock it: {error}") from None
+        raise UserError(f"cannot lock {folder} (does another run write to it?): {error}") from None
 
 
 def torch_compile(function, _):
@@ -819,14 +817,16 @@ def cuda_graph(function, inputs):
 
 
 def accelerated(function, inputs: tuple, args):
-    """A loss or a `Student`, compiled and on a GPU captured as a CUDA graph, for inputs, all
-    leaves, like these. Whatever fails is left out with a warning."""
+    """A loss or a `Student`, compiled, and on a GPU captured as a CUDA graph. inputs: examples,
+    all leaves. What fails is left out with a warning."""
+    if not args.compile:
+        return function
     ways = []
     if isinstance(function, Student) or args.command != "distill":
         ways.append(torch_compile)  # not within distill: its reset would undo the compiled student
     if inputs[0].is_cuda:
         ways.append(cuda_graph)
-    for way in ways if args.compile else []:
+    for way in ways:
         print(f"{way.__name__}: up to a minute (--no-compile leaves it out)", file=sys.stderr)
         try:
             faster = way(function, inputs)
@@ -898,11 +898,11 @@ def new_network(arch: str, data: Dataset, args) -> nn.Module:
         raise UserError(f"{arch}: {error}") from None
 
 
-def start(args) -> tuple[Dataset, dict, Path]:
-    """Loads the dataset and fills in the options that were not given from the preset. Returns the
-    dataset, the settings that teachers and results share, and the folder of both. Raises
+def dataset_and_settings(args) -> tuple:
+    """Loads the dataset, and fills in the options that were not given, from the preset. Returns
+    the dataset, the settings that teachers and results share, and the folder of both. Raises
     UserError."""
-    as_distill_reads = args.command == "teachers" and args.ipc and not args.epochs
+    only_needed_epochs = args.command == "teachers" and args.ipc and not args.epochs
     args.ipc = args.ipc or 1
     data = load_dataset(args.dataset, args.data_dir, args.size, args.classes)
     settings = preset(args.dataset, args.ipc, data.shape[1])
@@ -912,7 +912,7 @@ def start(args) -> tuple[Dataset, dict, Path]:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.name = args.name or f"ipc{args.ipc}_{args.method}_seed{args.seed}"
-    if as_distill_reads:
+    if only_needed_epochs:  # those that distill reads
         args.epochs = args.max_start_epoch - 1 + args.expert_epochs
     print(f"{data.name}: {len(data.train[1])} training and {len(data.test[1])} test images")
     n, c = data.train[1].bincount().min(0)
@@ -947,7 +947,7 @@ def same_options(args, command: str) -> str:
 
 def command_teachers(args) -> None:
     """Train teachers on the real data and keep their parameters at each epoch (Section 3.1)."""
-    data, settings, folder = start(args)
+    data, settings, folder = dataset_and_settings(args)
     settings |= {
         "lr_teacher": args.lr_teacher,
         "batch_real": args.batch_real,
@@ -959,8 +959,9 @@ def command_teachers(args) -> None:
         todo = []
         for k in range(args.rank, args.teachers, args.ranks):  # teachers of this process
             path = folder / f"teachers/{k:03d}.pt"
-            if not path.exists() or len(load(path, settings, mmap=True)["thetas"]) <= args.epochs:
-                todo.append(path)
+            if path.exists() and len(load(path, settings, mmap=True)["thetas"]) > args.epochs:
+                continue  # complete: it begins with theta before training
+            todo.append(path)
         remaining = torch.tensor(len(todo))
         sum_over_ranks(remaining)
         print(f"{folder}/teachers: {remaining} of {args.teachers} are to be trained")
@@ -1000,7 +1001,10 @@ def load_teachers(args, folder: Path, shared: dict) -> list[Tensor]:
     hint = f"run first: {same_options(args, 'teachers')} --epochs {epochs}"
     teachers = [load(path, shared, hint, mmap=True)["thetas"][: epochs + 1] for path in paths]
     if len(teachers) < (args.teachers or 1) or min(map(len, teachers)) <= epochs:
-        raise UserError(f"{len(paths)} teachers in {folder}, too few or too short; {hint}")
+        raise UserError(
+            f"{folder} has {len(paths)} teachers; needed: {args.teachers or 1} of {epochs} epochs; "
+            f"{hint}"
+        )
     return teachers
 
 
@@ -1024,7 +1028,7 @@ def matching_settings(args, N: int) -> Matching:
 
 def command_distill(args) -> None:
     """Distil a dataset into a few images per class (Algorithm 1)."""
-    data, settings, folder = start(args)
+    data, settings, folder = dataset_and_settings(args)
     out = folder / args.name
     teachers = load_teachers(args, folder / "teachers", settings)
     m = matching_settings(args, args.ipc * len(data.classes))
@@ -1054,7 +1058,7 @@ def command_distill(args) -> None:
             last = t == args.iterations
             evaluates = args.eval_every and t % args.eval_every == 0
             if t % 10 > 0 and not last and not evaluates:
-                continue  # to look at a number is to wait for a GPU
+                continue  # reading a number waits for the GPU
             row = log_row(d, losses)
             result["log"].append(row)
             losses = []
@@ -1065,7 +1069,7 @@ def command_distill(args) -> None:
                 evaluate(args, data, source, "convnet", out)
             if args.rank > 0:
                 continue
-            if last or t % (10 * math.ceil(args.iterations / 200)) == 0:  # 20 times
+            if last or t % (10 * math.ceil(args.iterations / 200)) == 0:  # at most 20 times
                 draw(d.images.detach(), normalise, args.ipc, out / f"images_{t:05d}.png")
             if last or time.time() > saved + CHECKPOINT_SECONDS:
                 save_checkpoint(d, result, out / "distilled.pt")
@@ -1080,7 +1084,7 @@ def start_or_resume(args, data: Dataset, m: Matching, P: int, settings: dict, pa
     if exists:
         result = load(path, settings, device=args.device)
         if len(result["W"]) != P:
-            raise UserError(f"{path} has a W that is not of length {P}")
+            raise UserError(f"{path} has a W not of length {P}; give another --name")
         d = Distillation(result["images"], result["labels"], P, m)
         d.load_state_dict(result, strict=False)  # which holds more than that
         d.optimizer.load_state_dict(result["optimizer"])
@@ -1127,7 +1131,7 @@ def log_row(d: Distillation, losses: list[Tensor]) -> list[float]:
 
 
 def draw(images: Tensor, normalise: Normalisation, ipc: int, path: Path) -> None:
-    """The images as a person sees them, `ipc` in a row (Fig. 4, 5, 8)."""
+    """The images as a person sees them, a class in each row; if IPC is 1, ten (Fig. 4, 5, 8)."""
     pixels = normalise.inverse(images).clamp(0, 1)
     pixels = F.interpolate(pixels, scale_factor=math.ceil(96 / pixels.shape[-1]))
     torchvision.utils.save_image(pixels, path, nrow=ipc if ipc > 1 else 10, padding=4, pad_value=1)
@@ -1135,8 +1139,8 @@ def draw(images: Tensor, normalise: Normalisation, ipc: int, path: Path) -> None
 
 @torch.no_grad()
 def herding(net: nn.Sequential, theta: Tensor, normalise, images: Tensor, ipc: int) -> Tensor:
-    """Herding [83]: indices (ipc,) into uint8 images (N, C, H, W), by the inputs of the network's
-    last layer."""
+    """Herding [83]: indices (ipc,) into uint8 images (N, C, H, W), by the inputs of the last layer
+    of a trained network, here the first teacher after its last epoch."""
     nn.utils.vector_to_parameters(theta.to(normalise.mean.device), net.parameters())
     features = torch.cat([net[:-1](x) for x in normalise(images).split(500)])  # (N, features)
     chosen = []
@@ -1167,7 +1171,7 @@ def command_eval(args) -> None:
     """Train fresh networks on the distilled images, test them on real ones (Section 4.1)."""
     if args.distilled:
         args.name = args.name or args.distilled.stem
-    data, shared, folder = start(args)
+    data, shared, folder = dataset_and_settings(args)
     for arch in args.arch:
         new_network(arch, data, args)  # raises if the images are too small for it
     result = {}
@@ -1225,7 +1229,7 @@ def load_distilled(args, data: Dataset, shared: dict, folder: Path) -> dict:
     )
     if not fits:
         raise UserError(
-            f"{path} needs images (N, *{data.shape}), labels of {n} classes; see README"
+            f"{path} needs N images of shape {data.shape}, N labels of {n} classes; see README"
         )
     alpha = args.lr or float(result.get("alpha", 0))
     if not alpha > 0:
@@ -1312,12 +1316,12 @@ def command_plot(args) -> None:
 
 
 def draw_curves(result: dict, log: np.ndarray, rows: list[dict], path: Path) -> None:
-    """The log (rows, columns), the evaluations, mismatch and W by parameter (Fig. 1, 6, 7)."""
+    """The log (rows, columns), evaluations, mismatch and 1 - W by parameter (Fig. 1, 6, 7)."""
     parameter = "parameter, from the first layer on"
     panels = [
         ("iteration", "loss, Eq. (9)", log[:, 0], log[:, 2]),
         ("iteration", "alpha, learning rate of the student", log[:, 0], log[:, 3]),
-        ("iteration", "1 - W", log[:, 0], 1 - log[:, 4:]),
+        ("iteration", "1 - these", log[:, 0], 1 - log[:, 4:]),
         (parameter, "|student - teacher|, last iteration", result["mismatch"].abs()),
         (parameter, "1 - W", 1 - result["W"]),
     ]
@@ -1388,8 +1392,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     above_zero = between(1e-12, 1e30)
     add = parser.add_argument_group("data and network (all three commands)").add_argument
     add("--dataset", default="cifar10", help="preset below or folder {train,test}/*/* (cifar10)")
-    add("--data-dir", type=Path, default="data", help="CIFAR's, covid's, ... folder (data)")
-    add("--classes", nargs="+", default=[], help="classes to use, of folders of images (all)")
+    add("--data-dir", type=Path, default="data", help="folder for CIFAR, or of covid, ... (data)")
+    add("--classes", nargs="+", default=[], help="for folders of images: classes to use (all)")
     add("--size", type=between(1, 512, int), help="pixels a side to resize to (covid: 112)")
     add("--zca", action=switch, help="ZCA whitening (preset), else per-channel normalisation")
     add("--ipc", type=whole, help="distilled images per class (1)")
@@ -1399,7 +1403,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--name", help="name of the result's folder (ipc<IPC>_<method>_seed<seed>)")
     add("--seed", type=int, default=0, help="random seed of everything but the teachers (0)")
     add("--device", help="device: cpu, cuda, cuda:1, ... (cuda if there is one)")
-    text = "number format; float32 convolves in TF32 on CUDA (bf16 if the hardware has it)"
+    text = "in float32, CUDA convolves in TF32 (default: bf16 if the hardware has it)"
     add("--precision", choices=["float32", "bf16"], help=text)
     add("--compile", action=switch, help="torch.compile and CUDA graphs (all but shapes)")
     add = parser.add_argument_group("teachers").add_argument
@@ -1412,7 +1416,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--iterations", type=whole, help="number of iterations T (preset; paper: 5000)")
     add("--steps", type=whole, help="steps J of a student (preset)")
     add("--expert-epochs", type=whole, help="teacher epochs K from start to target (preset)")
-    add("--max-start-epoch", type=whole, help="upper bound I+ of the start epoch i (preset)")
+    add("--max-start-epoch", type=whole, help="bound I+ of start epochs, i < I+ (preset)")
     add("--segments", type=whole, default=1, help="segments S to average over (1)")
     add("--batch", type=between(0, 99999, int), help="batch size (preset; 0: all images)")
     add("--alpha", type=above_zero, help="initial learning rate of the student (preset)")
@@ -1497,10 +1501,11 @@ def main(argv: list[str] | None = None) -> int:
                 sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (till the end)
         COMMANDS[args.command](args)
         if distributed():
-            dist.destroy_process_group()  # else its threads may abort the process as it ends
+            time.sleep(1)  # lets Gloo's threads free their tensors, for which they need the GIL
+            dist.destroy_process_group()  # keeps the GIL while it waits for them
         return 0
     except KeyboardInterrupt:
-        print("iadd.py: interrupted; teachers and distill will resume", file=stderr)
+        print("iadd.py: interrupted; the same command resumes teachers or distill", file=stderr)
         return 130
     except (UserError, OSError) as error:
         message = str(error)

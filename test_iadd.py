@@ -555,7 +555,7 @@ def completed(line, side=32):
         "?", ["a", "b"], *[(torch.zeros(0, 3, side, side), torch.arange(2).repeat(60))] * 2
     )
     with mock.patch("iadd.load_dataset", lambda *_: data):
-        return args, iadd.start(args)[2].name
+        return args, iadd.dataset_and_settings(args)[2].name
 
 
 def test_presets():
@@ -1145,10 +1145,7 @@ def test_six_kills_and_two_interruptions(run, tmp_path):
             child.send_signal(kill)
             *_, last = child.communicate(timeout=60)[1].split("\n")[:-1]
             if kill == signal.SIGINT:
-                assert (
-                    child.returncode == 130
-                    and "interrupted; teachers and distill will resume" in last
-                )
+                assert child.returncode == 130 and "interrupted; the same command resumes" in last
             else:
                 assert child.returncode == -kill
             before, reached = reached, size(torch.load(path, weights_only=True))
@@ -1231,7 +1228,7 @@ def test_what_is_not_finite_is_no_good_state():
 
 def test_a_folder_has_one_writer(run, capsys):
     with iadd.lock(run.out, SimpleNamespace(rank=0)):
-        assert f"another run writes to {run.out}" in refused(capsys, f"{run.distil}")
+        assert f"cannot lock {run.out} (does another run" in refused(capsys, f"{run.distil}")
         assert command(f"{run.distil} --name another --iterations 2") == 0
         assert command(f"{run.eval}") == 0  # to read is not to write
     assert command(f"{run.distil} --iterations 60") == 0
@@ -1352,15 +1349,15 @@ teachers --dataset shapes --size 8               | --size
 teachers --dataset shapes --classes disk ring    | --classes
 teachers --dataset covid --data-dir nowhere      | there is no folder nowhere
 teachers --dataset covid --data-dir zoo/train    | covid: no training images of hollow; see README
-teachers --dataset covid --data-dir xrays/COVID  | xrays/COVID has classes ['images']; miss
+teachers --dataset covid --data-dir xrays/COVID  | xrays/COVID has classes ['images'], lac
 distill --dataset tinyimagenet --data-dir none   | there is no folder none
 teachers --dataset tinyimagenet --data-dir tiny  | tinyimagenet: no test images of n01, n02
 teachers --dataset xrays                         | xrays/train
-teachers --dataset zoo                           | zoo/test has classes & missing & ['elk']
-teachers --dataset zoo --classes cat             | zoo/train has classes & two or more: []
+teachers --dataset zoo                           | zoo/test has classes & lacks ['elk']
+teachers --dataset zoo --classes cat             | zoo/train has classes & two are needed
 teachers --dataset zoo --classes cat Dog         | zoo/train has classes & ['Dog']
 teachers --dataset zoo --classes cat hollow      | zoo: no training images of hollow; see README
-teachers --dataset zoo --classes cat cat/        | zoo/train has classes & missing & ['cat/']
+teachers --dataset zoo --classes cat cat/        | zoo/train has classes & lacks ['cat/']
 teachers --dataset zoo --classes cat elk         | zoo/test has classes & ['elk']
 teachers --dataset no_test                       | there is no folder no_test/test/cat, see README
 teachers --dataset many                          | many: no test images of c00, c01, c02
@@ -1372,39 +1369,39 @@ teachers --dataset broken                        | 12 of the images & 8-bit imag
 
 {distil} --ipc 13                                | IPC 13: cat has only 12 training images
 {distil} --no-zca                                | run first: python & teachers --dataset & --epo
-{distil} --max-start-epoch 30 --name x           | too few or too short; run first & --epochs 31
-{distil} --teachers 4                            | 2 teachers in & --teachers 4
-{teach} --lr-teacher 0.02                        | lr_teacher 0.05, not 0.02; give what made
+{distil} --max-start-epoch 30 --name x           | needed: 1 of 31 epochs; run first & --epoch
+{distil} --teachers 4                            | has 2 teachers; needed: 4 of & --teachers 4
+{teach} --lr-teacher 0.02                        | lr_teacher 0.05, not 0.02; give the same
 {teach} --precision bf16                         | precision float32, not bf16
-{teach} --dataset other/pets                     | 000.pt has data_checksum
-{distil} --dataset other/pets                    | 000.pt has data_checksum
-{eval} --dataset other/pets                      | distilled.pt has data_checksum
-{distil} --lr-img 7                              | lr_img 1.0, not 7.0; give what made it, or an
+{teach} --dataset other/pets                     | made with data_checksum
+{distil} --dataset other/pets                    | made with data_checksum
+{eval} --dataset other/pets                      | made with data_checksum
+{distil} --lr-img 7                              | lr_img 1.0, not 7.0; give the same & another
 {distil} --precision bf16                        | precision float32, not bf16
 {distil} --batch 2                               | batch 3, not 2
 {distil} --runs other                            | teacher_checksum
-{distil} --name hurt                             | hurt/distilled.pt has a W that is not
-{distil} --name old                              | old/distilled.pt has version None, not
+{distil} --name hurt                             | hurt/distilled.pt has a W not of length
+{distil} --name old                              | made with version None, not
 {distil} --runs cut                              | cannot read & teachers/000.pt
 {eval} --on full herding --runs none             | teachers/000.pt; run first: python & --teach
 {eval} --ipc 3                                   | there is no & ipc3_iadd & run first: python
-{eval} --ipc 2 --name {out.name}                 | distilled.pt has ipc 1, not 2
+{eval} --ipc 2 --name {out.name}                 | made with ipc 1, not 2
 {eval} --distilled none.pt                       | there is no none.pt
-{eval} --distilled {gift} --ipc 2                | distilled.pt has ipc 1, not 2
-{eval} --distilled {gift} --no-zca               | distilled.pt has zca True, not False
+{eval} --distilled {gift} --ipc 2                | made with ipc 1, not 2
+{eval} --distilled {gift} --no-zca               | made with zca True, not False
 eval --dataset shapes --distilled {gift}         | classes ['cat', 'dog', 'emu'], not ['disk'
-{eval} --distilled images0.pt                    | images0.pt needs images & 16, 16) & README
+{eval} --distilled images0.pt                    | images0.pt needs N images & 16, 16) & README
 {eval} --distilled labels0.pt                    | labels0.pt needs & labels
 {eval} --distilled labels1.pt                    | labels1.pt needs & labels
 {eval} --distilled labels2.pt                    | labels2.pt needs & labels
 {eval} --distilled alpha0.pt                     | alpha0.pt has no alpha above 0; --lr
 {eval} --distilled alpha1.pt                     | alpha1.pt has no alpha above 0; --lr
 {eval} --distilled alpha2.pt                     | alpha2.pt has no alpha above 0; --lr
-{eval} --distilled images1.pt                    | images1.pt needs images
+{eval} --distilled images1.pt                    | images1.pt needs N images
 {eval} --distilled half.pt                       | cannot read half.pt
 {eval} --distilled list.pt                       | cannot read list.pt
 {eval} --distilled evil.pt                       | cannot read evil.pt
-{eval} --distilled teacher.pt                    | teacher.pt has ipc None, not 1
+{eval} --distilled teacher.pt                    | made with ipc None, not 1
 plot none                                        | there is no none/distilled.pt
 """
 
@@ -1498,7 +1495,7 @@ def test_bad_input(run, spoilt, line, says, monkeypatch, capsys):
     [  # what other machines do
         ("torchvision.datasets.CIFAR10.__init__", RuntimeError("no route"), "", "cannot download"),
         ("filelock.FileLock.acquire", OSError(37, "No locks"), "--dataset shapes", "No locks"),
-        ("filelock.FileLock.acquire", NotImplementedError(), "--dataset shapes", "can lock it"),
+        ("filelock.FileLock.acquire", NotImplementedError(), "--dataset shapes", "cannot lock"),
         ("torch.zeros", TypeError("MPS has no float64"), "--device cpu", "cpu: TypeError: MPS has"),
         ("iadd.load_dataset", torch.OutOfMemoryError("2 GB"), "", "out of memory; smaller --size"),
         ("iadd.load_dataset", MemoryError(), "", "out of memory; smaller --size"),
