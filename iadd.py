@@ -583,7 +583,7 @@ def load_dataset(name: str, data_dir: Path, size: int | None = None, only=()) ->
         return make_shapes() if name == "shapes" else load_cifar(name, data_dir)
     root = data_dir if name in ("tinyimagenet", "covid") else Path(name)
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}; --dataset takes one, or a name in --help")
+        raise UserError(f"there is no folder {root}; see --dataset and --data-dir in --help")
     if name == "covid":  # 112 x 112: Section 4.1; grey: ours
         return read_dataset(name, *list_covid(root, only), size or 112, "L")
     return read_dataset(Path(name).resolve().name, *list_folder(root, only), size, "RGB")
@@ -1221,15 +1221,16 @@ def load_distilled(args, data: Dataset, shared: dict, folder: Path) -> dict:
     images = torch.as_tensor(result.get("images", []))
     labels = torch.as_tensor(result.get("labels", []))
     n = len(data.classes)
+    N = args.ipc * n
     fits = (
-        images.shape[1:] == data.shape
-        and labels.shape in ((len(images),), (len(images), n))
+        images.shape == (N, *data.shape)
+        and labels.shape in ((N,), (N, n))
         and images.is_floating_point()
         and 0 <= labels.min() <= labels.max() < n
     )
     if not fits:
         raise UserError(
-            f"{path} needs N images of shape {data.shape}, N labels of {n} classes; see README"
+            f"{path} needs {N} float images of shape {data.shape}, and their labels; see README"
         )
     alpha = args.lr or float(result.get("alpha", 0))
     if not alpha > 0:
@@ -1425,7 +1426,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--lr-img", type=rate, help="learning rate of the images, zeta in Eq. (12) (preset)")
     add("--epsilon", type=between(0, 1), default=0.1, help="fraction that ddpp drops (0.1)")
     add("--eval-every", type=whole, help="iterations from one evaluation to the next (none)")
-    add = parser.add_argument_group("eval, and distill --eval-every").add_argument
+    add = parser.add_argument_group(
+        "eval (distill --eval-every: a ConvNet on distilled)"
+    ).add_argument
     add("--on", nargs="+", choices=SETS, default=SETS[:1], help="training images (distilled)")
     add("--arch", nargs="+", choices=ARCHITECTURES, default=["convnet"], help="networks (convnet)")
     add("--nets", type=whole, default=5, help="number of networks of each kind (5)")

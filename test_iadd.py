@@ -577,7 +577,10 @@ def test_help(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         command(f"{name} --help")
     text = capsys.readouterr().out
-    assert text.endswith(iadd.PRESETS) and "\neval, and distill --eval-every:" in text
+    assert (
+        text.endswith(iadd.PRESETS)
+        and "\neval (distill --eval-every: a ConvNet on distilled):" in text
+    )
     for column in iadd.PRESETS.split("\n")[1].split():
         assert f"--{column.replace('_', '-')}" in text
 
@@ -1344,7 +1347,7 @@ eval --precision half                            | invalid choice: 'half'
 eval --device toaster                            | --device toaster
 eval --device meta                               | --device meta
 
-teachers --dataset nonsense                      | there is no folder nonsense; --dataset takes
+teachers --dataset nonsense                      | there is no folder nonsense; see --dataset
 teachers --dataset shapes --size 8               | --size
 teachers --dataset shapes --classes disk ring    | --classes
 teachers --dataset covid --data-dir nowhere      | there is no folder nowhere
@@ -1390,14 +1393,14 @@ teachers --dataset broken                        | 12 of the images & 8-bit imag
 {eval} --distilled {gift} --ipc 2                | made with ipc 1, not 2
 {eval} --distilled {gift} --no-zca               | made with zca True, not False
 eval --dataset shapes --distilled {gift}         | classes ['cat', 'dog', 'emu'], not ['disk'
-{eval} --distilled images0.pt                    | images0.pt needs N images & 16, 16) & README
+{eval} --distilled images0.pt                    | images0.pt needs 3 float images & 16, 16) & R
 {eval} --distilled labels0.pt                    | labels0.pt needs & labels
 {eval} --distilled labels1.pt                    | labels1.pt needs & labels
 {eval} --distilled labels2.pt                    | labels2.pt needs & labels
 {eval} --distilled alpha0.pt                     | alpha0.pt has no alpha above 0; --lr
 {eval} --distilled alpha1.pt                     | alpha1.pt has no alpha above 0; --lr
 {eval} --distilled alpha2.pt                     | alpha2.pt has no alpha above 0; --lr
-{eval} --distilled images1.pt                    | images1.pt needs N images
+{eval} --distilled images1.pt                    | images1.pt needs 3 float images
 {eval} --distilled half.pt                       | cannot read half.pt
 {eval} --distilled list.pt                       | cannot read list.pt
 {eval} --distilled evil.pt                       | cannot read evil.pt
@@ -1576,7 +1579,7 @@ def test_someone_elses_images(tmp_path, monkeypatch):
     torch.save(torch.tensor([[0.9, 0.1]] * 3 + [[0, 1]]).double(), "labels.pt")
     (lines,) = (block for block in blocks("python") if "images.pt" in block)
     exec(lines)
-    line = f"eval --distilled other.pt --nets 2 --eval-epochs 2 --width 4 --device {DEVICE}"
+    line = f"eval --distilled other.pt --ipc 2 --nets 2 --eval-epochs 2 --width 4 --device {DEVICE}"
     assert command(line) == 0
     (row,) = rows_of(tmp_path / "runs/cifar10_zca_w4/other")
     assert row["ipc"] == 2 and row["lr"] == pytest.approx(0.01)
