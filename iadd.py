@@ -1426,9 +1426,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--lr-img", type=rate, help="learning rate of the images, zeta in Eq. (12) (preset)")
     add("--epsilon", type=between(0, 1), default=0.1, help="fraction that ddpp drops (0.1)")
     add("--eval-every", type=whole, help="iterations from one evaluation to the next (none)")
-    add = parser.add_argument_group(
-        "eval (distill --eval-every: a ConvNet on distilled)"
-    ).add_argument
+    add = parser.add_argument_group("eval (distill --eval-every: a ConvNet)").add_argument
     add("--on", nargs="+", choices=SETS, default=SETS[:1], help="training images (distilled)")
     add("--arch", nargs="+", choices=ARCHITECTURES, default=["convnet"], help="networks (convnet)")
     add("--nets", type=whole, default=5, help="number of networks of each kind (5)")

@@ -579,7 +579,7 @@ def test_help(name, capsys):
     text = capsys.readouterr().out
     assert (
         text.endswith(iadd.PRESETS)
-        and "\neval (distill --eval-every: a ConvNet on distilled):" in text
+        and "\neval (distill --eval-every: a ConvNet):" in text
     )
     for column in iadd.PRESETS.split("\n")[1].split():
         assert f"--{column.replace('_', '-')}" in text
