@@ -577,10 +577,7 @@ def test_help(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         command(f"{name} --help")
     text = capsys.readouterr().out
-    assert (
-        text.endswith(iadd.PRESETS)
-        and "\neval (distill --eval-every: a ConvNet):" in text
-    )
+    assert text.endswith(iadd.PRESETS) and "\neval (distill --eval-every: a ConvNet):" in text
     for column in iadd.PRESETS.split("\n")[1].split():
         assert f"--{column.replace('_', '-')}" in text
 
