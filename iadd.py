@@ -273,7 +273,7 @@ def dsa_crop(x: Tensor) -> Tensor:
     side = x.shape[-1]
     reach = round(side / 8)
     shift = torch.randint(-reach, reach + 1, (2, len(x))).to(x.device)
-    dx, dy = 2 * shift / (side - 1)  # in pixels; in `warp` the side is 2 long
+    dx, dy = 2 * shift / (side - 1)  # `shift` is in pixels; in `warp` the side is 2 long
     return warp(x, tx=dx, ty=dy, mode="nearest")
 
 
@@ -1230,7 +1230,7 @@ def load_distilled(args, data: Dataset, shared: dict, folder: Path) -> dict:
     )
     if not fits:
         raise UserError(
-            f"{path} needs {N} float images of shape {data.shape}, and their labels; see README"
+            f"{path} needs {N} (IPC x classes) float images {data.shape} and labels; see README"
         )
     alpha = args.lr or float(result.get("alpha", 0))
     if not alpha > 0:
@@ -1322,7 +1322,7 @@ def draw_curves(result: dict, log: np.ndarray, rows: list[dict], path: Path) -> 
     panels = [
         ("iteration", "loss, Eq. (9)", log[:, 0], log[:, 2]),
         ("iteration", "alpha, learning rate of the student", log[:, 0], log[:, 3]),
-        ("iteration", "1 - these", log[:, 0], 1 - log[:, 4:]),
+        ("iteration", "1 - minimum, median, mean of W", log[:, 0], 1 - log[:, 4:]),
         (parameter, "|student - teacher|, last iteration", result["mismatch"].abs()),
         (parameter, "1 - W", 1 - result["W"]),
     ]

@@ -1390,14 +1390,14 @@ teachers --dataset broken                        | 12 of the images & 8-bit imag
 {eval} --distilled {gift} --ipc 2                | made with ipc 1, not 2
 {eval} --distilled {gift} --no-zca               | made with zca True, not False
 eval --dataset shapes --distilled {gift}         | classes ['cat', 'dog', 'emu'], not ['disk'
-{eval} --distilled images0.pt                    | images0.pt needs 3 float images & 16, 16) & R
+{eval} --distilled images0.pt                    | images0.pt needs 3 (IPC x classes) & 16, 16)
 {eval} --distilled labels0.pt                    | labels0.pt needs & labels
 {eval} --distilled labels1.pt                    | labels1.pt needs & labels
 {eval} --distilled labels2.pt                    | labels2.pt needs & labels
 {eval} --distilled alpha0.pt                     | alpha0.pt has no alpha above 0; --lr
 {eval} --distilled alpha1.pt                     | alpha1.pt has no alpha above 0; --lr
 {eval} --distilled alpha2.pt                     | alpha2.pt has no alpha above 0; --lr
-{eval} --distilled images1.pt                    | images1.pt needs 3 float images
+{eval} --distilled images1.pt                    | images1.pt needs 3 (IPC x classes) float
 {eval} --distilled half.pt                       | cannot read half.pt
 {eval} --distilled list.pt                       | cannot read list.pt
 {eval} --distilled evil.pt                       | cannot read evil.pt
