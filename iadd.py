@@ -65,7 +65,7 @@ import torchvision
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
-from torchvision.datasets.folder import find_classes, make_dataset
+from torchvision.datasets.folder import make_dataset
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
@@ -525,6 +525,9 @@ shapes         1    10             2               4    300     1e-5   .03     0
 """
 
 
+DSA_KINDS = {dsa.__name__.removeprefix("dsa_"): dsa for dsa in DSA}  # of --dsa
+
+
 def preset(name: str, ipc: int, side: int) -> dict:
     """Settings of a dataset (of a folder: CIFAR-10's) at the largest IPC <= ipc, or at its
     smallest; ZCA only up to 32 pixels a side, since its cost grows with the sixth power."""
@@ -574,19 +577,22 @@ class ImageSet:
         return self.normalise(x) if self.normalise else x, self.y[index]
 
 
-def load_dataset(name: str, data_dir: Path, size: int | None = None, only=()) -> Dataset:
-    """A dataset of PRESETS or a folder of images, these of the classes `only` (default: all) and
-    resized to `size` x `size` pixels. Raises UserError."""
+def load_dataset(name: str, data_dir: Path, size=None, grey=False, only=()) -> Dataset:
+    """A dataset of PRESETS or a folder of images, these of the classes `only` (default: all),
+    resized to `size` x `size` pixels and, if `grey`, of one channel. Raises UserError."""
     if name in ("cifar10", "cifar100", "shapes"):
-        if size or only:
-            raise UserError(f"--size and --classes are for folders of images, not for {name}")
+        if size or grey or only:
+            raise UserError(f"--size, --grey, --classes are for folders of images, not for {name}")
         return make_shapes() if name == "shapes" else load_cifar(name, data_dir)
-    root = data_dir if name in ("tinyimagenet", "covid") else Path(name)
+    folder = Path(name).expanduser()
+    root = data_dir if name in ("tinyimagenet", "covid") else folder
     if not root.is_dir():
         raise UserError(f"there is no folder {root}; see --dataset and --data-dir in --help")
-    if name == "covid":  # 112 x 112: Section 4.1; grey: ours
-        return read_dataset(name, *list_covid(root, only), size or 112, "L")
-    return read_dataset(Path(name).resolve().name, *list_folder(root, only), size, "RGB")
+    if name == "covid":
+        size = size or 112  # Section 4.1
+        grey = True
+    mode = "L" if grey else "RGB"
+    return read_dataset(folder.resolve().name, *list_folder(root, only), size, mode)
 
 
 def load_cifar(name: str, data_dir: Path) -> Dataset:
@@ -599,7 +605,10 @@ def load_cifar(name: str, data_dir: Path) -> Dataset:
             with filelock.FileLock(f"{data_dir}.lock"):  # one process downloads for all
                 train = cifar(data_dir, download=True)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot download {cifar.url} to {data_dir}/: {error}") from None
+            raise UserError(
+                f"there is no {data_dir}/{cifar.base_folder}/, and {cifar.url} cannot be "
+                f"downloaded: {error}"
+            ) from None
     parts = []
     for part in (train, cifar(data_dir, train=False)):
         x = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
@@ -609,49 +618,66 @@ def load_cifar(name: str, data_dir: Path) -> Dataset:
 
 def list_images(folder: Path, only=()) -> tuple[list[str], list]:
     """Classes, all or `only`, and (path, label) of each image in folder/<class>, listed as
-    torchvision's ImageFolder does, but without hidden files. Prints how many are not images."""
-    found = [c for c in find_classes(folder)[0] if c[0] != "."]
+    torchvision's ImageFolder does, but without hidden files and the masks of [81]. Prints how many
+    files are not images. Raises UserError."""
+    inside = sorted(os.listdir(folder))
+    found = [c for c in inside if (folder / c).is_dir() and c[0] != "." and c != "__MACOSX"]
     classes = sorted(set(only)) or found
-    missing = sorted(set(classes) - set(found))
-    if missing or len(classes) < 2:
-        raise UserError(f"{folder} has classes {found[:9]}, lacks {missing[:9]}; two are needed")
+    if len(classes) < 2 or not set(classes) <= set(found):
+        raise UserError(
+            f"{folder} must have a folder of images for each class, of two or more: "
+            f"{classes[:9] or 'cat, dog, ...'}; it has {inside[:9]}"
+        )
     labels = {c: label for label, c in enumerate(classes)}
+    ignored = (f"{os.sep}.", f"{os.sep}masks{os.sep}")
     files = make_dataset(
         folder,
         labels,
-        is_valid_file=lambda path: f"{os.sep}." not in path.removeprefix(str(folder)),
+        is_valid_file=lambda path: not any(x in path.removeprefix(str(folder)) for x in ignored),
         allow_empty=True,
     )
     suffixes = tuple(Image.registered_extensions())
-    images = [(path, label) for path, label in files if path.lower().endswith(suffixes)]
-    if len(images) < len(files):
-        print(f"{folder}: {len(files) - len(images)} of {len(files)} files are not images")
+    images = [file for file in files if file[0].lower().endswith(suffixes)]
+    others = sorted(set(files) - set(images))
+    if others:
+        print(f"{len(others)} of {len(files)} files are not images, such as {others[0][0]}")
     return classes, images
 
 
 def list_folder(root: Path, only) -> tuple[list[str], list, list]:
-    """Classes, training images, test images of a folder {train,test}/<class>/*. Tiny ImageNet
-    [80] has val instead, sorted into classes or, as published, listed in a file."""
+    """Classes, training images, test images of a folder {train,test}/<class>/*, or <class>/*,
+    which is split. Tiny ImageNet [80] has val instead of test, in classes or, as published, listed
+    in a file. Raises UserError."""
+    if not (root / "train").is_dir():
+        return split(root, *list_images(root, only))
     classes, train = list_images(root / "train", only)
-    for folder in (root / "test", root / "val", root / "val/images"):
-        if any((folder / c).is_dir() for c in classes):
-            return classes, train, list_images(folder, classes)[1]
+    for name in ("test", "val", "valid", "validation", "val/images"):
+        if any((root / name / c).is_dir() for c in classes):
+            return classes, train, list_images(root / name, classes)[1]
     annotations = root / "val/val_annotations.txt"
     if not annotations.exists():
-        raise UserError(f"there is no folder {root}/test/{classes[0]}, see README")
+        raise UserError(
+            f"{root} has {sorted(os.listdir(root))[:9]}, but no test/{classes[0]} (or val/...); "
+            f"--dataset {root}/train takes a part of the training images for the test"
+        )
     test = []
-    for line in annotations.read_text().splitlines():
+    for line in annotations.read_text(errors="replace").splitlines():
         row = line.split("\t")  # file, class, bounding box
         if len(row) > 1 and row[1] in classes:
             test.append((str(root / "val/images" / row[0]), classes.index(row[1])))
     return classes, train, test
 
 
-def list_covid(root: Path, only) -> tuple[list[str], list, list]:
-    """As `list_folder`, of COVID-19 Radiography [81] without its masks, each class split 8:2
-    (Section 4.1) in the order of a hash of the file names: the same split everywhere."""
-    classes, images = list_images(root, only)
-    images = [x for x in images if Path(x[0]).parent.name != "masks"]
+def split(root: Path, classes: list[str], images: list) -> tuple[list[str], list, list]:
+    """Splits each class 8:2 into training and test images (as Section 4.1 does [81]), in the order
+    of a hash of the file names: the same split everywhere. Raises UserError."""
+    folders = sorted({os.path.dirname(path) for path, _ in images})
+    if len(folders) > len(classes):  # such as Training/cat, Training/dog
+        raise UserError(
+            f"{root} must have train/<class>/*, test/<class>/*, or only <class>/*; images are in "
+            f"{folders[:9]}"
+        )
+    print(f"{root} has no folder train: of each class, 80 % are training images, 20 % test images")
     images.sort(
         key=lambda x: hashlib.sha256(os.fsencode(f"{classes[x[1]]}/{Path(x[0]).name}")).digest()
     )
@@ -685,7 +711,7 @@ def read_dataset(name: str, classes: list[str], train: list, test: list, size, m
     for part, files in (("training", train), ("test", test)):
         empty = sorted(set(classes) - {classes[label] for _, label in files})
         if empty:
-            raise UserError(f"{name}: no {part} images of {', '.join(empty[:9])}; see README")
+            raise UserError(f"{name} has no {part} images (.png, .jpg, ...) of {empty[:9]}")
     images = []
     unreadable = []
     for path, _ in tqdm(train + test, f"reading {name}"):  # threads do not help with small files
@@ -753,7 +779,7 @@ def make_shapes(train: int = 200, test: int = 50, seed: int = 0) -> Dataset:
 
 # ---- 9. Files, speed, processes ----------------------------------------------------------
 
-VERSION = 4  # of the files that are written
+VERSION = 5  # of the files that are written
 CHECKPOINT_SECONDS = 60  # at least, from one checkpoint to the next
 
 
@@ -767,24 +793,31 @@ def save(content: dict, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    temporary.write_bytes(buffer.getbuffer())  # raises OSError, which torch would replace
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(buffer.getbuffer())  # raises OSError, which torch would replace
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk: its error names no file
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from None
 
 
 def load(path: Path, settings: dict, hint="see README", device="cpu", mmap: bool = False) -> dict:
-    """The dictionary that `save` wrote; no code in the file is run. Its settings, if it has any,
-    must agree with `settings`. hint: what to do if there is no such file. Raises UserError."""
+    """The dictionary that `save` wrote; no code in the file is run. Its settings, but for missing
+    ones, must agree with `settings`, a version must not be missing. hint: what to do if there is no
+    such file. Raises UserError."""
     try:
         content = torch.load(path, device, mmap=mmap, weights_only=True)
-        found = content.get("settings", settings)
+        if not isinstance(content, dict):
+            content = {}
+        found = {**settings, "version": None, **content.get("settings", {})}
     except FileNotFoundError:
         raise UserError(f"there is no {path}; {hint}") from None
     except Exception as error:  # of the system, or one of the many that torch raises
         raise UserError(f"cannot read {path}: {one_line(error)}") from None
     for name, x in settings.items():
-        if found.get(name) != x:
+        if found[name] != x:
             raise UserError(
-                f"{path} was made with {name} {found.get(name)!s:.50}, not {x!s:.50}; "
+                f"{path} was made with {name} {found[name]!s:.50}, not {x!s:.50}; "
                 "give the same options, or another --name or --runs"
             )
     return content
@@ -796,7 +829,9 @@ def lock(folder: Path, args):
     try:
         return filelock.FileLock(folder / f".lock{args.rank}").acquire(timeout=0)
     except (OSError, RuntimeError) as error:  # Timeout, or a file system without locks
-        raise UserError(f"cannot lock {folder} (does another run write to it?): {error}") from None
+        raise UserError(
+            f"cannot lock {folder} (does another run write to it? see --runs): {error}"
+        ) from None
 
 
 def torch_compile(function, _):
@@ -904,7 +939,7 @@ def dataset_and_settings(args) -> tuple:
     UserError."""
     only_needed_epochs = args.command == "teachers" and args.ipc and not args.epochs
     args.ipc = args.ipc or 1
-    data = load_dataset(args.dataset, args.data_dir, args.size, args.classes)
+    data = load_dataset(args.dataset, args.data_dir, args.size, args.grey, args.classes)
     settings = preset(args.dataset, args.ipc, data.shape[1])
     if args.command == "distill":
         del settings["teachers"]  # all there are
@@ -914,6 +949,8 @@ def dataset_and_settings(args) -> tuple:
     args.name = args.name or f"ipc{args.ipc}_{args.method}_seed{args.seed}"
     if only_needed_epochs:  # those that distill reads
         args.epochs = args.max_start_epoch - 1 + args.expert_epochs
+    kinds = [kind for kind in DSA_KINDS if kind in args.dsa]
+    DSA[:] = [DSA_KINDS[kind] for kind in kinds]  # those that `augment` draws
     print(f"{data.name}: {len(data.train[1])} training and {len(data.test[1])} test images")
     n, c = data.train[1].bincount().min(0)
     if args.ipc > n:
@@ -923,12 +960,16 @@ def dataset_and_settings(args) -> tuple:
         "dataset": data.name,
         "data_checksum": zlib.crc32(data.train[1].numpy(), zlib.crc32(data.train[0].numpy())),
         "classes": data.classes,
+        "shape": data.shape,
+        "dsa": " ".join(kinds),
         "zca": args.zca,
         "width": args.width,
     }
     name = "-".join([data.name, *sorted(set(args.classes))])[:60]
     if args.size:
         name += f"-{args.size}px"
+    if args.grey:
+        name += "-grey"
     return data, shared, args.runs / f"{name}_{'zca' if args.zca else 'std'}_w{args.width}"
 
 
@@ -998,13 +1039,13 @@ def load_teachers(args, folder: Path, shared: dict) -> list[Tensor]:
     """The epochs of each teacher that will be read, (epochs + 1, P), memory-mapped."""
     epochs = args.max_start_epoch - 1 + args.expert_epochs
     paths = sorted(folder.glob("[0-9][0-9][0-9].pt"))[: args.teachers]
-    hint = f"run first: {same_options(args, 'teachers')} --epochs {epochs}"
-    teachers = [load(path, shared, hint, mmap=True)["thetas"][: epochs + 1] for path in paths]
-    if len(teachers) < (args.teachers or 1) or min(map(len, teachers)) <= epochs:
-        raise UserError(
-            f"{folder} has {len(paths)} teachers; needed: {args.teachers or 1} of {epochs} epochs; "
-            f"{hint}"
-        )
+    teachers = [load(path, shared, mmap=True)["thetas"][: epochs + 1] for path in paths]
+    n = args.teachers or len(paths)
+    if not teachers or len(teachers) < n or min(map(len, teachers)) <= epochs:
+        hint = f"run first: {same_options(args, 'teachers')} --epochs {epochs}"
+        if n > 0:  # otherwise as many as the preset says
+            hint += f" --teachers {n}"
+        raise UserError(f"{folder} has {len(paths)} teachers; each needs {epochs} epochs; {hint}")
     return teachers
 
 
@@ -1131,10 +1172,13 @@ def log_row(d: Distillation, losses: list[Tensor]) -> list[float]:
 
 
 def draw(images: Tensor, normalise: Normalisation, ipc: int, path: Path) -> None:
-    """The images as a person sees them, a class in each row; if IPC is 1, ten (Fig. 4, 5, 8)."""
+    """The images as a person sees them, a class in each row; one of each: ten (Fig. 4, 5, 8)."""
+    shown = min(ipc, max(1, 1000 * ipc // len(images)))  # a picture of 10,000 takes 6 GB
+    images = images.unflatten(0, (-1, ipc))[:1000, :shown].flatten(0, 1)
     pixels = normalise.inverse(images).clamp(0, 1)
     pixels = F.interpolate(pixels, scale_factor=math.ceil(96 / pixels.shape[-1]))
-    torchvision.utils.save_image(pixels, path, nrow=ipc if ipc > 1 else 10, padding=4, pad_value=1)
+    nrow = shown if shown > 1 else 10
+    torchvision.utils.save_image(pixels, path, nrow=nrow, padding=4, pad_value=1)
 
 
 @torch.no_grad()
@@ -1215,28 +1259,33 @@ def load_distilled(args, data: Dataset, shared: dict, folder: Path) -> dict:
     `alpha` or --lr; it may have `mean` and `scale`, `iteration`, `settings`."""
     path = args.distilled or folder / args.name / "distilled.pt"
     wanted = {**shared, "ipc": args.ipc}
+    hint = f"run first: {same_options(args, 'distill')}"
     if args.distilled:  # perhaps of another width, version or program
-        wanted = {key: wanted[key] for key in ("classes", "zca", "ipc")}
-    result = load(path, wanted, f"run first: {same_options(args, 'distill')}", args.device)
+        wanted = {key: wanted[key] for key in ("classes", "dsa", "zca", "ipc")}
+        hint = "see --distilled"
+    result = load(path, wanted, hint, args.device)
     images = torch.as_tensor(result.get("images", []))
     labels = torch.as_tensor(result.get("labels", []))
     n = len(data.classes)
     N = args.ipc * n
+    soft = labels.dim() == 2
     fits = (
         images.shape == (N, *data.shape)
         and labels.shape in ((N,), (N, n))
         and images.is_floating_point()
-        and 0 <= labels.min() <= labels.max() < n
+        and 0 <= labels.min() <= labels.max() <= (1 if soft else n - 1)
+        and (soft or (labels % 1 == 0).all())
     )
     if not fits:
         raise UserError(
-            f"{path} needs {N} (IPC x classes) float images {data.shape} and labels; see README"
+            f"{path} needs `images`, floats {(N, *data.shape)} (IPC x classes, ...), and `labels`, "
+            "as README shows"
         )
-    alpha = args.lr or float(result.get("alpha", 0))
+    alpha = args.lr or torch.as_tensor(result.get("alpha", 0)).item()
     if not alpha > 0:
         raise UserError(f"{path} has no alpha above 0; --lr replaces it")
     print(f"{path}: iteration {result.get('iteration')}")
-    labels = labels.detach().float() if labels.dim() == 2 else labels.long()
+    labels = labels.detach().float() if soft else labels.long()
     return {**result, "images": images.detach().float(), "labels": labels, "alpha": alpha}
 
 
@@ -1277,6 +1326,7 @@ def evaluate(args, data: Dataset, source: TrainingSet, arch: str, out: Path) -> 
     scores = [100 * matrix.trace().item() / len(test) for matrix in matrices]
     row = {
         "on": source.on,
+        "file": args.distilled and str(args.distilled),
         "arch": arch,
         "ipc": len(images) // classes,
         "iteration": source.iteration,
@@ -1384,23 +1434,28 @@ def between(low: float, high: float, kind: type = float):
     return number
 
 
+def user_path(text: str) -> Path:
+    return Path(text).expanduser()  # a shell leaves the ~ of --runs=~/x
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of teachers, distill and eval. Each command takes all, so that the same
-    can be given to the three, and ignores those it does not need."""
+    """Adds the options of teachers, distill and eval. Each takes all and ignores the others'."""
     switch = argparse.BooleanOptionalAction
     whole = between(1, 99999, int)
     rate = between(0, 1e30)
     above_zero = between(1e-12, 1e30)
     add = parser.add_argument_group("data and network (all three commands)").add_argument
-    add("--dataset", default="cifar10", help="preset below or folder {train,test}/*/* (cifar10)")
-    add("--data-dir", type=Path, default="data", help="folder for CIFAR, or of covid, ... (data)")
+    add("--dataset", default="cifar10", help="preset below or folder of images (cifar10)")
+    add("--data-dir", type=user_path, default="data", help="folder for CIFAR, of covid, ... (data)")
     add("--classes", nargs="+", default=[], help="for folders of images: classes to use (all)")
     add("--size", type=between(1, 512, int), help="pixels a side to resize to (covid: 112)")
+    add("--grey", action="store_true", help="read folders of images as grey (covid: always)")
     add("--zca", action=switch, help="ZCA whitening (preset), else per-channel normalisation")
+    add("--dsa", nargs="+", choices=DSA_KINDS, default=DSA_KINDS, help="augmentations (all)")
     add("--ipc", type=whole, help="distilled images per class (1)")
     add("--width", type=whole, help="channels of the ConvNet (preset; paper: 128)")
     add = parser.add_argument_group("files and machine (all three commands)").add_argument
-    add("--runs", type=Path, default="runs", help="folder of everything written (runs)")
+    add("--runs", type=user_path, default="runs", help="folder of everything written (runs)")
     add("--name", help="name of the result's folder (ipc<IPC>_<method>_seed<seed>)")
     add("--seed", type=int, default=0, help="random seed of everything but the teachers (0)")
     add("--device", help="device: cpu, cuda, cuda:1, ... (cuda if there is one)")
@@ -1432,7 +1487,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--nets", type=whole, default=5, help="number of networks of each kind (5)")
     add("--eval-epochs", type=whole, help="epochs of each (1000; on full --epochs)")
     add("--lr", type=above_zero, help="learning rate (alpha; on real images --lr-teacher)")
-    add("--distilled", type=Path, metavar="FILE", help="file to evaluate instead of a result")
+    add("--distilled", type=user_path, metavar="FILE", help="file to evaluate instead of a result")
 
 
 COMMANDS = {
@@ -1452,7 +1507,7 @@ def make_parser() -> argparse.ArgumentParser:
         text = function.__doc__
         command = commands.add_parser(name, help=text, description=text, formatter_class=form)
         if name == "plot":
-            command.add_argument("folder", type=Path, help="folder of a result of distill")
+            command.add_argument("folder", type=user_path, help="folder of a result of distill")
         else:
             command.epilog = PRESETS
             add_options(command)
@@ -1468,13 +1523,14 @@ def set_up_device(args) -> None:
     if args.command == "distill" and args.ranks > args.segments:
         raise UserError(f"{args.ranks} processes need --segments {args.ranks} or more")
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device, dtype=torch.float64).item()  # W is float64
     except Exception as error:  # whatever a missing backend raises
-        raise UserError(f"--device {name}: {one_line(error)}") from None
+        message = " ".join(str(error).split())
+        raise UserError(f"--device {name}: {message} (try --device cpu, or fewer GPUS)") from None
     tune(device)
     if launched:
         dist.init_process_group(timeout=datetime.timedelta(days=1))  # Gloo, and NCCL on CUDA
@@ -1508,8 +1564,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("iadd.py: interrupted; the same command resumes teachers or distill", file=stderr)
         return 130
-    except (UserError, OSError) as error:
+    except UserError as error:
         message = str(error)
+    except OSError as error:
+        message = f"{error} (--runs chooses where files are written)"
     except (MemoryError, RuntimeError) as error:
         on_cpu = "DefaultCPUAllocator" in str(error)  # torch has no type for it
         if not on_cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):

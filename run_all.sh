@@ -18,9 +18,15 @@ set_up() {
             exit 2
         }
         "${PYTHON:-python3}" -m venv "$here/.venv"
-        "$here/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+        venv_python -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
         cp "$here/requirements.txt" "$here/.venv/installed"
     fi
+}
+
+venv_python() { # Git Bash on Windows has Scripts/python.exe
+    local python=$here/.venv/bin/python
+    [ -x "$python" ] || python=$here/.venv/Scripts/python.exe
+    "$python" "$@"
 }
 
 iadd() { # a command of iadd.py, in GPUS processes
@@ -30,7 +36,7 @@ iadd() { # a command of iadd.py, in GPUS processes
         [ "$1" != distill ] || set -- distill --segments "$GPUS" "${@:2}"
     fi
     echo "== python iadd.py $*"
-    "$here/.venv/bin/python" ${several[@]+"${several[@]}"} "$here/iadd.py" "$@"
+    venv_python ${several[@]+"${several[@]}"} "$here/iadd.py" "$@"
 }
 
 # The cells of Tables 1, 3 and 4 that we can measure: "name arguments of iadd.py", a line for each command. (Table 2
@@ -95,12 +101,12 @@ case "${1:-}" in
         set_up
         shift
         cd "$here"
-        exec .venv/bin/python -m pytest -q "$@"
+        venv_python -m pytest -q "$@"
         ;;
     bench)
         set_up
         shift
-        exec "$here/.venv/bin/python" "$here/test_iadd.py" "$@"
+        venv_python "$here/test_iadd.py" "$@"
         ;;
     paper)
         shift
