@@ -588,9 +588,9 @@ def load_dataset(name: str, data_dir: Path, size=None, grey=False, only=()) -> D
     root = data_dir if name in ("tinyimagenet", "covid") else folder
     if not root.is_dir():
         raise UserError(f"there is no folder {root}; see --dataset and --data-dir in --help")
-    if name == "covid":
+    if name == "covid":  # COVID-19 Radiography [81]: <class>/images/*, which `list_folder` splits
         size = size or 112  # Section 4.1
-        grey = True
+        grey = True  # ours
     mode = "L" if grey else "RGB"
     return read_dataset(folder.resolve().name, *list_folder(root, only), size, mode)
 
@@ -625,8 +625,8 @@ def list_images(folder: Path, only=()) -> tuple[list[str], list]:
     classes = sorted(set(only)) or found
     if len(classes) < 2 or not set(classes) <= set(found):
         raise UserError(
-            f"{folder} must have a folder of images for each class, of two or more: "
-            f"{classes[:9] or 'cat, dog, ...'}; it has {inside[:9]}"
+            f"{folder} needs a folder of images for each of two or more classes "
+            f"({classes[:9] or 'cat, dog, ...'}); it has {inside[:9]}"
         )
     labels = {c: label for label, c in enumerate(classes)}
     ignored = (f"{os.sep}.", f"{os.sep}masks{os.sep}")
@@ -875,7 +875,8 @@ def accelerated(function, inputs: tuple, args):
 
 def fast_loss(net: nn.Module, images: ImageSet, args) -> Loss:
     """The loss of a network, made faster for mini-batches of these images."""
-    inputs = (flat_parameters(net).requires_grad_(), *images[: args.batch_real])
+    first = torch.arange(len(images))[: args.batch_real]  # a slice would keep the memory of all
+    inputs = (flat_parameters(net).requires_grad_(), *images[first])
     return accelerated(cross_entropy(net, args.precision), inputs, args)
 
 
@@ -1040,12 +1041,13 @@ def load_teachers(args, folder: Path, shared: dict) -> list[Tensor]:
     epochs = args.max_start_epoch - 1 + args.expert_epochs
     paths = sorted(folder.glob("[0-9][0-9][0-9].pt"))[: args.teachers]
     teachers = [load(path, shared, mmap=True)["thetas"][: epochs + 1] for path in paths]
-    n = args.teachers or len(paths)
-    if not teachers or len(teachers) < n or min(map(len, teachers)) <= epochs:
+    ready = sum(len(thetas) > epochs for thetas in teachers)
+    needed = args.teachers or max(1, len(paths))
+    if ready < needed:
         hint = f"run first: {same_options(args, 'teachers')} --epochs {epochs}"
-        if n > 0:  # otherwise as many as the preset says
-            hint += f" --teachers {n}"
-        raise UserError(f"{folder} has {len(paths)} teachers; each needs {epochs} epochs; {hint}")
+        if paths:  # otherwise as many as the preset says
+            hint += f" --teachers {needed}"
+        raise UserError(f"{folder} has {ready} of {needed} teachers of {epochs} epochs; {hint}")
     return teachers
 
 
@@ -1530,7 +1532,7 @@ def set_up_device(args) -> None:
         torch.zeros(1, device=device, dtype=torch.float64).item()  # W is float64
     except Exception as error:  # whatever a missing backend raises
         message = " ".join(str(error).split())
-        raise UserError(f"--device {name}: {message} (try --device cpu, or fewer GPUS)") from None
+        raise UserError(f"--device {name} (try cpu, or fewer GPUS): {message}") from None
     tune(device)
     if launched:
         dist.init_process_group(timeout=datetime.timedelta(days=1))  # Gloo, and NCCL on CUDA

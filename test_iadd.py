@@ -1424,23 +1424,23 @@ teachers --dataset shapes --size 8               | --size
 teachers --dataset shapes --classes disk ring    | --classes
 teachers --dataset covid --data-dir nowhere      | there is no folder nowhere
 teachers --dataset covid --data-dir zoo/train    | covid has no training images & of ['hollow']
-teachers --dataset covid --data-dir xrays/COVID  | xrays/COVID must have a folder & has ['images']
+teachers --dataset covid --data-dir xrays/COVID  | xrays/COVID needs a folder & has ['images']
 distill --dataset tinyimagenet --data-dir none   | there is no folder none
 teachers --dataset tinyimagenet --data-dir tiny  | tinyimagenet has no test images & ['n01', 'n02']
-teachers --dataset xrays                         | xrays must have a folder & it has ['COVID']
-teachers --dataset zoo                           | zoo/test must have & 'elk', & it has ['cat',
-teachers --dataset zoo --classes cat             | zoo/train must have & two or more: ['cat']
-teachers --dataset zoo --classes cat Dog         | zoo/train must have & ['Dog', 'cat']; it has
+teachers --dataset xrays                         | xrays needs a folder & it has ['COVID']
+teachers --dataset zoo                           | zoo/test needs & 'elk', & it has ['cat',
+teachers --dataset zoo --classes cat             | zoo/train needs & two or more & ['cat'])
+teachers --dataset zoo --classes cat Dog         | zoo/train needs & ['Dog', 'cat']); it has
 teachers --dataset zoo --classes cat hollow      | zoo has no training images & of ['hollow']
-teachers --dataset zoo --classes cat cat/        | zoo/train must have & ['cat', 'cat/']; it
-teachers --dataset zoo --classes cat elk         | zoo/test must have & ['cat', 'elk']; it has
+teachers --dataset zoo --classes cat cat/        | zoo/train needs & ['cat', 'cat/']); it
+teachers --dataset zoo --classes cat elk         | zoo/test needs & ['cat', 'elk']); it has
 teachers --dataset no_test                       | no_test has ['train'], but no test/cat
 teachers --dataset unlabelled                    | ['test', 'train'], but no & unlabelled/train
-teachers --dataset loose                         | loose/train must have & it has ['0.png', '1.png
+teachers --dataset loose                         | loose/train needs & it has ['0.png', '1.png
 teachers --dataset halves                        | halves must have train/<class> & Training/dog
 teachers --dataset scans                         | no training images (.png, .jpg & ['ct', 'mr']
 teachers --dataset many                          | many has no test images & ['c00', 'c01', 'c02
-teachers --dataset dataset                       | dataset/train must have & it has ['.cat', '.do
+teachers --dataset dataset                       | dataset/train needs & it has ['.cat', '.do
 teachers --dataset photos                        | cat/x.png has 32 x 24 pixels & --size N makes
 teachers --dataset sizes                         | sizes/test/dog/0.png & 20 x 20 & --size N makes
 teachers --dataset broken                        | 12 of the images & 8-bit images
@@ -1448,10 +1448,10 @@ teachers --dataset broken                        | 12 of the images & 8-bit imag
 
 {distil} --ipc 13                                | IPC 13: cat has only 12 training images
 {distil} --no-zca                                | run first: python & teachers --dataset & --epo
-{distil} --max-start-epoch 30 --name x           | each needs 31 epochs; run first & --teachers 2
-{distil} --teachers 4                            | has 2 teachers & --epochs 3 --teachers 4
+{distil} --max-start-epoch 30 --name x           | has 0 of 2 & of 31 epochs; run & --teachers 2
+{distil} --teachers 4                            | has 2 of 4 teachers & --epochs 3 --teachers 4
 {distil} --dsa color crop                        | dsa color crop cutout flip scale rotate, not co
-{distil} --grey                                  | run first
+{distil} --grey                                  | has 0 of 1 teachers of 3 epochs; run first
 {teach} --lr-teacher 0.02                        | lr_teacher 0.05, not 0.02; give the same
 {teach} --precision bf16                         | precision float32, not bf16
 {teach} --dataset other/pets                     | made with data_checksum
@@ -1598,7 +1598,7 @@ def test_bad_input(run, spoilt, line, says, monkeypatch, capsys):
             "torch.zeros",
             TypeError("MPS has no float64"),
             "--device cpu",
-            "cpu: MPS has no float64 (try",
+            "--device cpu (try cpu, or fewer GPUS): MPS has",
         ),
         ("iadd.load_dataset", torch.OutOfMemoryError("2 GB"), "", "out of memory; smaller --size"),
         ("iadd.load_dataset", MemoryError(), "", "out of memory; smaller --size"),
