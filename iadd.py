@@ -313,11 +313,11 @@ def warp(x: Tensor, a=1.0, b=0.0, tx=0.0, c=0.0, d=1.0, ty=0.0, mode: str = "bil
     return F.grid_sample(x, grid, mode, padding_mode="zeros", align_corners=True)
 
 
-DSA = [dsa_color, dsa_crop, dsa_cutout, dsa_flip, dsa_scale, dsa_rotate]
+DSA = [dsa_color, dsa_crop, dsa_cutout, dsa_flip, dsa_scale, dsa_rotate]  # --dsa keeps some
 
 
 def augment(x: Tensor) -> Tensor:
-    """Augments J mini-batches (J, B, C, H, W): each draws one of the six kinds for all its images,
+    """Augments J mini-batches (J, B, C, H, W): each draws one of these kinds for all its images,
     as torch.stack([DSA[k](x_j) for k, x_j in zip(kind, x)]), but all of a kind in one call."""
     kind = torch.randint(len(DSA), (len(x),))
     order = kind.argsort().to(x.device)  # mini-batches of a kind are neighbours
@@ -588,7 +588,7 @@ def load_dataset(name: str, data_dir: Path, size=None, grey=False, only=()) -> D
     root = data_dir if name in ("tinyimagenet", "covid") else folder
     if not root.is_dir():
         raise UserError(f"there is no folder {root}; see --dataset and --data-dir in --help")
-    if name == "covid":  # COVID-19 Radiography [81]: <class>/images/*, which `list_folder` splits
+    if name == "covid":  # COVID-19 Radiography [81]: <class>/images/*
         size = size or 112  # Section 4.1
         grey = True  # ours
     mode = "L" if grey else "RGB"
@@ -606,8 +606,8 @@ def load_cifar(name: str, data_dir: Path) -> Dataset:
                 train = cifar(data_dir, download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"there is no {data_dir}/{cifar.base_folder}/, and {cifar.url} cannot be "
-                f"downloaded: {error}"
+                f"there is no complete {data_dir}/{cifar.base_folder}/, and {cifar.url} "
+                f"cannot be downloaded: {error}"
             ) from None
     parts = []
     for part in (train, cifar(data_dir, train=False)):
@@ -617,37 +617,42 @@ def load_cifar(name: str, data_dir: Path) -> Dataset:
 
 
 def list_images(folder: Path, only=()) -> tuple[list[str], list]:
-    """Classes, all or `only`, and (path, label) of each image in folder/<class>, listed as
-    torchvision's ImageFolder does, but without hidden files and the masks of [81]. Prints how many
-    files are not images. Raises UserError."""
+    """Classes, all or `only`, and (path, label) of each image in folder/<class>, as torchvision's
+    ImageFolder lists them, but without hidden files and the masks of [81]. Prints how many files
+    are left out. Raises UserError."""
     inside = sorted(os.listdir(folder))
     found = [c for c in inside if (folder / c).is_dir() and c[0] != "." and c != "__MACOSX"]
     classes = sorted(set(only)) or found
     if len(classes) < 2 or not set(classes) <= set(found):
         raise UserError(
             f"{folder} needs a folder of images for each of two or more classes "
-            f"({classes[:9] or 'cat, dog, ...'}); it has {inside[:9]}"
+            f"({classes[:9] or 'cat, dog, ...'}); it has {inside[:9]}: is one of these the folder "
+            "to give as --dataset or --data-dir?"
         )
     labels = {c: label for label, c in enumerate(classes)}
-    ignored = (f"{os.sep}.", f"{os.sep}masks{os.sep}")
     files = make_dataset(
         folder,
         labels,
-        is_valid_file=lambda path: not any(x in path.removeprefix(str(folder)) for x in ignored),
+        is_valid_file=lambda path: f"{os.sep}." not in path.removeprefix(str(folder)),
         allow_empty=True,
     )
     suffixes = tuple(Image.registered_extensions())
-    images = [file for file in files if file[0].lower().endswith(suffixes)]
+    images = [
+        (path, label)
+        for path, label in files
+        if path.lower().endswith(suffixes)
+        and f"{os.sep}masks{os.sep}" not in path.removeprefix(f"{folder}{os.sep}")
+    ]
     others = sorted(set(files) - set(images))
     if others:
-        print(f"{len(others)} of {len(files)} files are not images, such as {others[0][0]}")
+        print(f"{len(others)} of {len(files)} files are masks or no images: {others[0][0]}, ...")
     return classes, images
 
 
 def list_folder(root: Path, only) -> tuple[list[str], list, list]:
     """Classes, training images, test images of a folder {train,test}/<class>/*, or <class>/*,
-    which is split. Tiny ImageNet [80] has val instead of test, in classes or, as published, listed
-    in a file. Raises UserError."""
+    which is split. Tiny ImageNet [80] has val, not test: in classes or, as published, listed in a
+    file. Raises UserError."""
     if not (root / "train").is_dir():
         return split(root, *list_images(root, only))
     classes, train = list_images(root / "train", only)
@@ -669,7 +674,7 @@ def list_folder(root: Path, only) -> tuple[list[str], list, list]:
 
 
 def split(root: Path, classes: list[str], images: list) -> tuple[list[str], list, list]:
-    """Splits each class 8:2 into training and test images (as Section 4.1 does [81]), in the order
+    """Splits each class 8:2 into training and test images, as Section 4.1 does [81], in the order
     of a hash of the file names: the same split everywhere. Raises UserError."""
     folders = sorted({os.path.dirname(path) for path, _ in images})
     if len(folders) > len(classes):  # such as Training/cat, Training/dog
@@ -677,7 +682,7 @@ def split(root: Path, classes: list[str], images: list) -> tuple[list[str], list
             f"{root} must have train/<class>/*, test/<class>/*, or only <class>/*; images are in "
             f"{folders[:9]}"
         )
-    print(f"{root} has no folder train: of each class, 80 % are training images, 20 % test images")
+    print(f"{root} has no folder train: a fifth of each class is the test set")
     images.sort(
         key=lambda x: hashlib.sha256(os.fsencode(f"{classes[x[1]]}/{Path(x[0]).name}")).digest()
     )
@@ -711,7 +716,12 @@ def read_dataset(name: str, classes: list[str], train: list, test: list, size, m
     for part, files in (("training", train), ("test", test)):
         empty = sorted(set(classes) - {classes[label] for _, label in files})
         if empty:
-            raise UserError(f"{name} has no {part} images (.png, .jpg, ...) of {empty[:9]}")
+            raise UserError(
+                f"{name} has no {part} images (.png, .jpg, ...) of {empty[:9]}; --classes with the "
+                "names of others leaves these out"
+            )
+    # a name that is not UTF-8 cannot be drawn, nor be part of a file that torch.load opens
+    name, *classes = (x.encode(errors="replace").decode() for x in (name, *classes))
     images = []
     unreadable = []
     for path, _ in tqdm(train + test, f"reading {name}"):  # threads do not help with small files
@@ -727,9 +737,7 @@ def read_dataset(name: str, classes: list[str], train: list, test: list, size, m
                 "--size N makes all N x N"
             )
     if unreadable:
-        raise UserError(
-            f"{len(unreadable)} of the images cannot be read: {'; '.join(unreadable[:5])}"
-        )
+        raise UserError(f"{len(unreadable)} of the images cannot be read: {unreadable[:5]}")
     parts = [len(train), len(test)]
     y = torch.tensor([label for _, label in train + test])
     return Dataset(name, classes, *zip(torch.stack(images).split(parts), y.split(parts)))
@@ -802,23 +810,24 @@ def save(content: dict, path: Path) -> None:
 
 
 def load(path: Path, settings: dict, hint="see README", device="cpu", mmap: bool = False) -> dict:
-    """The dictionary that `save` wrote; no code in the file is run. Its settings, but for missing
-    ones, must agree with `settings`, a version must not be missing. hint: what to do if there is no
-    such file. Raises UserError."""
+    """The dictionary that `save` wrote; no code in the file is run. Its settings must agree with
+    `settings`; any but the version may be missing. hint: what to do if there is no such file.
+    Raises UserError."""
     try:
         content = torch.load(path, device, mmap=mmap, weights_only=True)
-        if not isinstance(content, dict):
-            content = {}
         found = {**settings, "version": None, **content.get("settings", {})}
     except FileNotFoundError:
         raise UserError(f"there is no {path}; {hint}") from None
     except Exception as error:  # of the system, or one of the many that torch raises
-        raise UserError(f"cannot read {path}: {one_line(error)}") from None
+        raise UserError(
+            f"cannot read {path}, which must be a whole file by torch.save with a dictionary of "
+            f"tensors, see README: {one_line(error)}"
+        ) from None
     for name, x in settings.items():
         if found[name] != x:
             raise UserError(
                 f"{path} was made with {name} {found[name]!s:.50}, not {x!s:.50}; "
-                "give the same options, or another --name or --runs"
+                "give the same options and images, or another --runs (for results, or --name)"
             )
     return content
 
@@ -935,9 +944,9 @@ def new_network(arch: str, data: Dataset, args) -> nn.Module:
 
 
 def dataset_and_settings(args) -> tuple:
-    """Loads the dataset, and fills in the options that were not given, from the preset. Returns
-    the dataset, the settings that teachers and results share, and the folder of both. Raises
-    UserError."""
+    """Loads the dataset, fills in the options that were not given, from the preset, and sets
+    DSA. Returns the dataset, the settings that teachers and results share, and the folder of both.
+    Raises UserError."""
     only_needed_epochs = args.command == "teachers" and args.ipc and not args.epochs
     args.ipc = args.ipc or 1
     data = load_dataset(args.dataset, args.data_dir, args.size, args.grey, args.classes)
@@ -951,7 +960,7 @@ def dataset_and_settings(args) -> tuple:
     if only_needed_epochs:  # those that distill reads
         args.epochs = args.max_start_epoch - 1 + args.expert_epochs
     kinds = [kind for kind in DSA_KINDS if kind in args.dsa]
-    DSA[:] = [DSA_KINDS[kind] for kind in kinds]  # those that `augment` draws
+    DSA[:] = [DSA_KINDS[kind] for kind in kinds]  # for `augment`
     print(f"{data.name}: {len(data.train[1])} training and {len(data.test[1])} test images")
     n, c = data.train[1].bincount().min(0)
     if args.ipc > n:
@@ -959,14 +968,14 @@ def dataset_and_settings(args) -> tuple:
     shared = {
         "version": VERSION,
         "dataset": data.name,
-        "data_checksum": zlib.crc32(data.train[1].numpy(), zlib.crc32(data.train[0].numpy())),
+        "images_checksum": zlib.crc32(data.train[1].numpy(), zlib.crc32(data.train[0].numpy())),
         "classes": data.classes,
         "shape": data.shape,
         "dsa": " ".join(kinds),
         "zca": args.zca,
         "width": args.width,
     }
-    name = "-".join([data.name, *sorted(set(args.classes))])[:60]
+    name = "-".join([data.name, *(args.classes and data.classes)])[:60]
     if args.size:
         name += f"-{args.size}px"
     if args.grey:
@@ -1175,11 +1184,11 @@ def log_row(d: Distillation, losses: list[Tensor]) -> list[float]:
 
 def draw(images: Tensor, normalise: Normalisation, ipc: int, path: Path) -> None:
     """The images as a person sees them, a class in each row; one of each: ten (Fig. 4, 5, 8)."""
-    shown = min(ipc, max(1, 1000 * ipc // len(images)))  # a picture of 10,000 takes 6 GB
-    images = images.unflatten(0, (-1, ipc))[:1000, :shown].flatten(0, 1)
-    pixels = normalise.inverse(images).clamp(0, 1)
+    shown = math.ceil(1000 * ipc / len(images))  # of each class: a picture of 10,000 takes 6 GB
+    images = images.unflatten(0, (-1, ipc))[:, :shown]  # (classes, shown, C, H, W)
+    pixels = normalise.inverse(images.flatten(0, 1)).clamp(0, 1)
     pixels = F.interpolate(pixels, scale_factor=math.ceil(96 / pixels.shape[-1]))
-    nrow = shown if shown > 1 else 10
+    nrow = images.shape[1] if ipc > 1 else 10
     torchvision.utils.save_image(pixels, path, nrow=nrow, padding=4, pad_value=1)
 
 
@@ -1210,7 +1219,7 @@ class TrainingSet:
     normalise: Normalisation
     lr: float
     images: ImageSet
-    iteration: int | None
+    iteration: int | None = None
 
 
 def command_eval(args) -> None:
@@ -1220,42 +1229,37 @@ def command_eval(args) -> None:
     data, shared, folder = dataset_and_settings(args)
     for arch in args.arch:
         new_network(arch, data, args)  # raises if the images are too small for it
-    result = {}
+    normalise = None
     if "distilled" in args.on:
-        result = load_distilled(args, data, shared, folder)
+        distilled = load_distilled(args, data, shared, folder)
+        normalise = distilled.normalise
     if "herding" in args.on:
         hint = f"run first: {same_options(args, 'teachers')} --teachers 1"
         theta = load(folder / "teachers/000.pt", shared, hint)["thetas"][-1]
         net = new_network("convnet", data, args)
     out = folder / args.name
     out.mkdir(parents=True, exist_ok=True)
-    if "scale" in result:
-        normalise = Normalisation(result["mean"], result["scale"])
-    else:
-        normalise = fit_normalisation(data, args)
+    normalise = normalise or fit_normalisation(data, args)
     converged = True
     for on in args.on:
-        lr = args.lr_teacher
-        t = None
         if on == "distilled":
-            images = ImageSet(result["images"], result["labels"])
-            lr = result["alpha"]
-            t = result.get("iteration")
-        elif on == "full":
-            images = normalise.image_set(*data.train)
+            source = distilled
         else:
             choose = choose_at_random
             if on == "herding":
                 choose = functools.partial(herding, net, theta, normalise)
-            images = ImageSet(*real_images(data, normalise, args.ipc, choose))
-        source = TrainingSet(on, normalise, lr, images, t)
+            if on == "full":
+                images = normalise.image_set(*data.train)
+            else:
+                images = ImageSet(*real_images(data, normalise, args.ipc, choose))
+            source = TrainingSet(on, normalise, args.lr_teacher, images)
         for arch in args.arch:
             converged &= evaluate(args, data, source, arch, out)
     if not converged:
         raise UserError("networks diverged, see above: lower --lr")
 
 
-def load_distilled(args, data: Dataset, shared: dict, folder: Path) -> dict:
+def load_distilled(args, data: Dataset, shared: dict, folder: Path) -> TrainingSet:
     """The result of `distill` with these options, or the file of --distilled. It needs `images`,
     normalised, (N, C, H, W), `labels`, class numbers (N,) or probabilities (N, classes), and
     `alpha` or --lr; it may have `mean` and `scale`, `iteration`, `settings`."""
@@ -1266,29 +1270,40 @@ def load_distilled(args, data: Dataset, shared: dict, folder: Path) -> dict:
         wanted = {key: wanted[key] for key in ("classes", "dsa", "zca", "ipc")}
         hint = "see --distilled"
     result = load(path, wanted, hint, args.device)
-    images = torch.as_tensor(result.get("images", []))
-    labels = torch.as_tensor(result.get("labels", []))
     n = len(data.classes)
     N = args.ipc * n
-    soft = labels.dim() == 2
-    fits = (
-        images.shape == (N, *data.shape)
-        and labels.shape in ((N,), (N, n))
-        and images.is_floating_point()
-        and 0 <= labels.min() <= labels.max() <= (1 if soft else n - 1)
-        and (soft or (labels % 1 == 0).all())
-    )
-    if not fits:
-        raise UserError(
-            f"{path} needs `images`, floats {(N, *data.shape)} (IPC x classes, ...), and `labels`, "
-            "as README shows"
+    normalise = None
+    try:
+        images = torch.as_tensor(result["images"], device=args.device).detach()
+        labels = torch.as_tensor(result["labels"], device=args.device).detach()
+        alpha = args.lr or float(result["alpha"])
+        soft = labels.dim() == 2
+        fits = (
+            images.shape == (N, *data.shape)
+            and labels.shape in ((N,), (N, n))
+            and images.is_floating_point()
+            and (soft or not labels.is_floating_point())
+            and 0 <= labels.min() <= labels.max() < n
+            and alpha > 0
         )
-    alpha = args.lr or torch.as_tensor(result.get("alpha", 0)).item()
-    if not alpha > 0:
-        raise UserError(f"{path} has no alpha above 0; --lr replaces it")
-    print(f"{path}: iteration {result.get('iteration')}")
-    labels = labels.detach().float() if soft else labels.long()
-    return {**result, "images": images.detach().float(), "labels": labels, "alpha": alpha}
+        if not fits:
+            raise ValueError(
+                f"images are {images.dtype} {tuple(images.shape)}, labels {labels.dtype} "
+                f"{tuple(labels.shape)} from {labels.min()} to {labels.max()}, alpha {alpha:.4g}"
+            )
+        if "mean" in result or "scale" in result:
+            normalise = Normalisation(result["mean"], result["scale"])
+            normalise(data.test[0][:1])  # raises if their shapes are wrong
+    except Exception as error:  # of many types, since the file may be anybody's
+        raise UserError(
+            f"{path}: {one_line(error)}; needed are images {(N, *data.shape)}, normalised "
+            f"floats, N = IPC x classes; labels {(N,)}, ints below {n}, or {(N, n)}, "
+            "probabilities; alpha above 0, or --lr; mean and scale or neither; see README"
+        ) from None
+    print(f"{path}: iteration {result.get('iteration', 'unknown')}")
+    images = ImageSet(images.float(), labels.float() if soft else labels.long())
+    normalise = normalise or fit_normalisation(data, args)
+    return TrainingSet("distilled", normalise, alpha, images, result.get("iteration"))
 
 
 @torch.no_grad()
@@ -1349,7 +1364,7 @@ def evaluate(args, data: Dataset, source: TrainingSet, arch: str, out: Path) -> 
     )
     if args.rank == 0:
         with open(out / "results.jsonl", "a") as file:
-            file.write("\n" + json.dumps(row))  # its own line, even after an incomplete one
+            file.write(json.dumps(row) + "\n")
     return True
 
 
@@ -1361,7 +1376,12 @@ def command_plot(args) -> None:
     np.savetxt(folder / "log.csv", log, "%.17g", ",", header=",".join(LOG), comments="")
     path = folder / "results.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill leaves half a line
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            print(f"{path}: left out {line[:50]}")  # an incomplete line, after a kill
     draw_curves(result, log, rows, folder / "plot.png")
     draw_pairs(result, folder / "pairs.png")
     draw_gif(sorted(folder.glob("images_*.png")), folder / "evolution.gif")
@@ -1385,7 +1405,7 @@ def draw_curves(result: dict, log: np.ndarray, rows: list[dict], path: Path) -> 
         ax.set(xlabel=xlabel, ylabel=ylabel)
     axes[2].legend(LOG[4:])
     for row in rows:
-        if row["on"] == "distilled" and row["arch"] == "convnet":
+        if row["on"] == "distilled" and row["arch"] == "convnet" and not row["file"]:
             color = "C1" if row["lr_given"] else "C0"
             accuracy.errorbar(row["iteration"], row["mean"], row["std"], fmt="o", color=color)
     accuracy.set(xlabel="iteration", ylabel="test accuracy of ConvNets, % (orange: --lr)")
@@ -1441,7 +1461,7 @@ def user_path(text: str) -> Path:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of teachers, distill and eval. Each takes all and ignores the others'."""
+    """Adds the options of teachers, distill, eval. Each takes all and ignores the others'."""
     switch = argparse.BooleanOptionalAction
     whole = between(1, 99999, int)
     rate = between(0, 1e30)
@@ -1531,8 +1551,9 @@ def set_up_device(args) -> None:
         device = torch.device(name)
         torch.zeros(1, device=device, dtype=torch.float64).item()  # W is float64
     except Exception as error:  # whatever a missing backend raises
-        message = " ".join(str(error).split())
-        raise UserError(f"--device {name} (try cpu, or fewer GPUS): {message}") from None
+        raise UserError(
+            f"--device {name} (try cpu, or fewer GPUS): {' '.join(str(error).split())}"
+        ) from None
     tune(device)
     if launched:
         dist.init_process_group(timeout=datetime.timedelta(days=1))  # Gloo, and NCCL on CUDA
@@ -1574,7 +1595,10 @@ def main(argv: list[str] | None = None) -> int:
         on_cpu = "DefaultCPUAllocator" in str(error)  # torch has no type for it
         if not on_cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
-        message = "out of memory; smaller --size, --width, --batch, --batch-real, --steps need less"
+        message = (
+            "out of memory; --no-zca, and smaller --size, --width, --batch, --batch-real, "
+            "--steps need less"
+        )
     finally:
         sys.stderr = stderr  # for a traceback
     print(f"iadd.py: error: {message}", file=stderr)

@@ -8,6 +8,7 @@
 # What exists already is not made again, and what was interrupted goes on. GPUS=4 ./run_all.sh ... uses four GPUs.
 # Everything is installed into .venv; PYTHON=python3.12 ./run_all.sh chooses the interpreter that makes it.
 set -euo pipefail
+unset MPLBACKEND # a notebook's, which .venv does not have
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 set_up() {
@@ -31,6 +32,10 @@ venv_python() { # Git Bash on Windows has Scripts/python.exe
 
 iadd() { # a command of iadd.py, in GPUS processes
     local several=()
+    if ! [[ ${GPUS:-1} =~ ^[1-9][0-9]*$ ]]; then
+        echo "run_all.sh: GPUS=$GPUS is not a number of GPUs" >&2
+        exit 2
+    fi
     if [ "${GPUS:-1}" != 1 ]; then
         several=(-m torch.distributed.run --nproc-per-node "$GPUS" --local-addr 127.0.0.1)
         [ "$1" != distill ] || set -- distill --segments "$GPUS" "${@:2}"
@@ -80,7 +85,12 @@ paper() {
         }
         shift
     done
-    [ ${#wanted[@]} = 0 ] || set_up
+    if [ ${#wanted[@]} != 0 ]; then
+        set_up
+    elif [ $# != 0 ]; then
+        echo "run_all.sh: cells come first, options after them" >&2
+        exit 2
+    fi
     while read -r name arguments <&3; do
         [ ${#wanted[@]} != 0 ] || printf '%-32s python iadd.py %s\n' "$name" "$arguments"
         for prefix in ${wanted[@]+"${wanted[@]}"}; do
