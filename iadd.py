@@ -584,15 +584,16 @@ def load_dataset(name: str, data_dir: Path, size=None, grey=False, only=()) -> D
         if size or grey or only:
             raise UserError(f"--size, --grey, --classes are for folders of images, not for {name}")
         return make_shapes() if name == "shapes" else load_cifar(name, data_dir)
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     root = data_dir if name in ("tinyimagenet", "covid") else folder
     if not root.is_dir():
         raise UserError(f"there is no folder {root}; see --dataset and --data-dir in --help")
     if name == "covid":  # COVID-19 Radiography [81]: <class>/images/*
         size = size or 112  # Section 4.1
         grey = True  # ours
-    mode = "L" if grey else "RGB"
-    return read_dataset(folder.resolve().name, *list_folder(root, only), size, mode)
+    return read_dataset(
+        folder.resolve().name, *list_folder(root, only), size, "L" if grey else "RGB"
+    )
 
 
 def load_cifar(name: str, data_dir: Path) -> Dataset:
@@ -621,13 +622,13 @@ def list_images(folder: Path, only=()) -> tuple[list[str], list]:
     ImageFolder lists them, but without hidden files and the masks of [81]. Prints how many files
     are left out. Raises UserError."""
     inside = sorted(os.listdir(folder))
-    found = [c for c in inside if (folder / c).is_dir() and c[0] != "." and c != "__MACOSX"]
+    found = [c for c in inside if (folder / c).is_dir() and not c.startswith((".", "__MACOSX"))]
     classes = sorted(set(only)) or found
     if len(classes) < 2 or not set(classes) <= set(found):
         raise UserError(
-            f"{folder} needs a folder of images for each of two or more classes "
-            f"({classes[:9] or 'cat, dog, ...'}); it has {inside[:9]}: is one of these the folder "
-            "to give as --dataset or --data-dir?"
+            f"{folder} has no folder of images for "
+            f"{sorted(set(classes) - set(found))[:9] or 'two classes or more'}, only {inside[:9]} "
+            "(is --dataset or --data-dir one level too high or too deep?)"
         )
     labels = {c: label for label, c in enumerate(classes)}
     files = make_dataset(
@@ -641,11 +642,11 @@ def list_images(folder: Path, only=()) -> tuple[list[str], list]:
         (path, label)
         for path, label in files
         if path.lower().endswith(suffixes)
-        and f"{os.sep}masks{os.sep}" not in path.removeprefix(f"{folder}{os.sep}")
+        and f"masks{os.sep}" not in path.removeprefix(f"{folder}{os.sep}{classes[label]}").lower()
     ]
-    others = sorted(set(files) - set(images))
+    others = set(files) - set(images)
     if others:
-        print(f"{len(others)} of {len(files)} files are masks or no images: {others[0][0]}, ...")
+        print(f"{len(others)} of {len(files)} files are masks or no images: {min(others)[0]}, ...")
     return classes, images
 
 
@@ -676,11 +677,11 @@ def list_folder(root: Path, only) -> tuple[list[str], list, list]:
 def split(root: Path, classes: list[str], images: list) -> tuple[list[str], list, list]:
     """Splits each class 8:2 into training and test images, as Section 4.1 does [81], in the order
     of a hash of the file names: the same split everywhere. Raises UserError."""
-    folders = sorted({os.path.dirname(path) for path, _ in images})
+    folders = {os.path.dirname(path) for path, _ in images}
     if len(folders) > len(classes):  # such as Training/cat, Training/dog
         raise UserError(
             f"{root} must have train/<class>/*, test/<class>/*, or only <class>/*; images are in "
-            f"{folders[:9]}"
+            f"{sorted(folders)[:9]}"
         )
     print(f"{root} has no folder train: a fifth of each class is the test set")
     images.sort(
@@ -717,8 +718,8 @@ def read_dataset(name: str, classes: list[str], train: list, test: list, size, m
         empty = sorted(set(classes) - {classes[label] for _, label in files})
         if empty:
             raise UserError(
-                f"{name} has no {part} images (.png, .jpg, ...) of {empty[:9]}; --classes with the "
-                "names of others leaves these out"
+                f"{name} has no {part} images (.png, .jpg, ...) of {empty[:9]}; where there is no "
+                "folder train, a class needs three images or more"
             )
     # a name that is not UTF-8 cannot be drawn, nor be part of a file that torch.load opens
     name, *classes = (x.encode(errors="replace").decode() for x in (name, *classes))
@@ -884,8 +885,7 @@ def accelerated(function, inputs: tuple, args):
 
 def fast_loss(net: nn.Module, images: ImageSet, args) -> Loss:
     """The loss of a network, made faster for mini-batches of these images."""
-    first = torch.arange(len(images))[: args.batch_real]  # a slice would keep the memory of all
-    inputs = (flat_parameters(net).requires_grad_(), *images[first])
+    inputs = (flat_parameters(net).requires_grad_(), *images[: args.batch_real])
     return accelerated(cross_entropy(net, args.precision), inputs, args)
 
 
@@ -1051,7 +1051,7 @@ def load_teachers(args, folder: Path, shared: dict) -> list[Tensor]:
     paths = sorted(folder.glob("[0-9][0-9][0-9].pt"))[: args.teachers]
     teachers = [load(path, shared, mmap=True)["thetas"][: epochs + 1] for path in paths]
     ready = sum(len(thetas) > epochs for thetas in teachers)
-    needed = args.teachers or max(1, len(paths))
+    needed = args.teachers or len(paths) or 1
     if ready < needed:
         hint = f"run first: {same_options(args, 'teachers')} --epochs {epochs}"
         if paths:  # otherwise as many as the preset says
@@ -1229,17 +1229,17 @@ def command_eval(args) -> None:
     data, shared, folder = dataset_and_settings(args)
     for arch in args.arch:
         new_network(arch, data, args)  # raises if the images are too small for it
-    normalise = None
-    if "distilled" in args.on:
-        distilled = load_distilled(args, data, shared, folder)
-        normalise = distilled.normalise
     if "herding" in args.on:
         hint = f"run first: {same_options(args, 'teachers')} --teachers 1"
         theta = load(folder / "teachers/000.pt", shared, hint)["thetas"][-1]
         net = new_network("convnet", data, args)
     out = folder / args.name
+    if "distilled" in args.on:
+        distilled = load_distilled(args, data, shared, out)
+        normalise = distilled.normalise
+    else:
+        normalise = fit_normalisation(data, args)
     out.mkdir(parents=True, exist_ok=True)
-    normalise = normalise or fit_normalisation(data, args)
     converged = True
     for on in args.on:
         if on == "distilled":
@@ -1259,11 +1259,11 @@ def command_eval(args) -> None:
         raise UserError("networks diverged, see above: lower --lr")
 
 
-def load_distilled(args, data: Dataset, shared: dict, folder: Path) -> TrainingSet:
+def load_distilled(args, data: Dataset, shared: dict, out: Path) -> TrainingSet:
     """The result of `distill` with these options, or the file of --distilled. It needs `images`,
     normalised, (N, C, H, W), `labels`, class numbers (N,) or probabilities (N, classes), and
     `alpha` or --lr; it may have `mean` and `scale`, `iteration`, `settings`."""
-    path = args.distilled or folder / args.name / "distilled.pt"
+    path = args.distilled or out / "distilled.pt"
     wanted = {**shared, "ipc": args.ipc}
     hint = f"run first: {same_options(args, 'distill')}"
     if args.distilled:  # perhaps of another width, version or program
@@ -1278,15 +1278,14 @@ def load_distilled(args, data: Dataset, shared: dict, folder: Path) -> TrainingS
         labels = torch.as_tensor(result["labels"], device=args.device).detach()
         alpha = args.lr or float(result["alpha"])
         soft = labels.dim() == 2
-        fits = (
+        if not (
             images.shape == (N, *data.shape)
             and labels.shape in ((N,), (N, n))
             and images.is_floating_point()
             and (soft or not labels.is_floating_point())
             and 0 <= labels.min() <= labels.max() < n
             and alpha > 0
-        )
-        if not fits:
+        ):
             raise ValueError(
                 f"images are {images.dtype} {tuple(images.shape)}, labels {labels.dtype} "
                 f"{tuple(labels.shape)} from {labels.min()} to {labels.max()}, alpha {alpha:.4g}"
@@ -1298,7 +1297,7 @@ def load_distilled(args, data: Dataset, shared: dict, folder: Path) -> TrainingS
         raise UserError(
             f"{path}: {one_line(error)}; needed are images {(N, *data.shape)}, normalised "
             f"floats, N = IPC x classes; labels {(N,)}, ints below {n}, or {(N, n)}, "
-            "probabilities; alpha above 0, or --lr; mean and scale or neither; see README"
+            "probabilities; alpha above 0, or --lr; mean and scale (C, 1, 1) or neither; see README"
         ) from None
     print(f"{path}: iteration {result.get('iteration', 'unknown')}")
     images = ImageSet(images.float(), labels.float() if soft else labels.long())
@@ -1343,7 +1342,7 @@ def evaluate(args, data: Dataset, source: TrainingSet, arch: str, out: Path) -> 
     scores = [100 * matrix.trace().item() / len(test) for matrix in matrices]
     row = {
         "on": source.on,
-        "file": args.distilled and str(args.distilled),
+        "file": str(args.distilled or ""),
         "arch": arch,
         "ipc": len(images) // classes,
         "iteration": source.iteration,
@@ -1363,9 +1362,17 @@ def evaluate(args, data: Dataset, source: TrainingSet, arch: str, out: Path) -> 
         f"{epochs} epochs, learning rate {lr:.5f}, {row['seconds']:.0f} s)"
     )
     if args.rank == 0:
-        with open(out / "results.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(json.dumps(row), out / "results.jsonl")
     return True
+
+
+def append_line(line: str, path: Path) -> None:
+    """Appends a line to a file, also after an incomplete one, which a full disk may leave."""
+    with open(path, "a+") as file:
+        file.seek(0)
+        if file.read()[-1:].strip():
+            file.write("\n")
+        file.write(line + "\n")
 
 
 def command_plot(args) -> None:
@@ -1376,12 +1383,7 @@ def command_plot(args) -> None:
     np.savetxt(folder / "log.csv", log, "%.17g", ",", header=",".join(LOG), comments="")
     path = folder / "results.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            print(f"{path}: left out {line[:50]}")  # an incomplete line, after a kill
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # without incomplete ones
     draw_curves(result, log, rows, folder / "plot.png")
     draw_pairs(result, folder / "pairs.png")
     draw_gif(sorted(folder.glob("images_*.png")), folder / "evolution.gif")
@@ -1457,7 +1459,7 @@ def between(low: float, high: float, kind: type = float):
 
 
 def user_path(text: str) -> Path:
-    return Path(text).expanduser()  # a shell leaves the ~ of --runs=~/x
+    return Path(os.path.expanduser(text))  # a shell leaves the ~ of --runs=~/x
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -122,6 +122,10 @@ case "${1:-}" in
         shift
         paper "$@"
         ;;
+    teachers | distill | eval | plot)
+        echo "run_all.sh: one command alone is python iadd.py $*" >&2
+        exit 2
+        ;;
     "")
         set_up
         cd "$here"

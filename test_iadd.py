@@ -693,6 +693,7 @@ def test_a_folder(tmp_path, capsys):
 def test_a_folder_without_a_split(tmp_path, capsys):
     """Of each class a fifth is for the test, whatever the names; what is no class is none."""
     names = [os.fsdecode(b"gar\xe7on"), "train station"]  # the first is not UTF-8
+    make_images(tmp_path / "own" / names[1] / "lung Masks")  # as COVID-QU-Ex has them
     for k, name in enumerate(names):
         make_images(tmp_path / "own" / name, 10, 100 * k, name=os.fsdecode(b"\xe7"))
     touch(tmp_path / "own/__MACOSX" / names[0] / "._1.png", tmp_path / "own/README.txt")
@@ -701,7 +702,8 @@ def test_a_folder_without_a_split(tmp_path, capsys):
     assert data.train[1].bincount().tolist() == [8, 8] and data.test[1].tolist() == [0, 0, 1, 1]
     for x, y in (data.train, data.test):
         assert torch.equal(x.float().mean((1, 2, 3)) // 100, y.float())
-    assert "own has no folder train: a fifth of each" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "own has no folder train: a fifth of each" in said and "3 of 23 files are masks" in said
 
 
 def test_unusual_images_are_read_rightly(tmp_path):
@@ -1021,7 +1023,7 @@ def test_plot(run, monkeypatch):
     monkeypatch.setattr(matplotlib.axes.Axes, "errorbar", error_bar)
     assert command(f"{run.eval} --name {run.out.name} --lr 0.02") == 0
     with open(run.out / "results.jsonl", "a") as file:
-        file.write('{"on": "distilled", "arch": "con\n')  # a full disk
+        file.write('{"on": "distilled", "arch": "con')  # a full disk
     assert command(f"{run.eval} --name {run.out.name}") == 0
     assert command(f"plot {run.out}") == 0
     content, rows = result(run.out), log_of(run.out)
@@ -1031,7 +1033,8 @@ def test_plot(run, monkeypatch):
     names = ("W_min", "W_median", "W_mean")
     assert spread.tolist() == [[1 - row[name] for name in names] for row in rows]
     assert torch.equal(W, 1 - content["W"]) and torch.equal(mismatch, content["mismatch"].abs())
-    *_, given, at_alpha = rows_of(run.out)
+    lines = (run.out / "results.jsonl").read_text().splitlines()
+    given, at_alpha = json.loads(lines[-3]), json.loads(lines[-1])
     for row, color in ((given, "C1"), (at_alpha, "C0")):
         assert (60, row["mean"], row["std"], color) in bars
     table = list(csv.DictReader((run.out / "log.csv").read_text().splitlines()))
@@ -1420,27 +1423,28 @@ eval --device toaster                            | --device toaster
 eval --device meta                               | --device meta
 
 teachers --dataset nonsense                      | there is no folder nonsense; see --dataset
+teachers --dataset ~no_user/x                    | there is no folder ~no_user/x; see --dataset
 teachers --dataset shapes --size 8               | --size
 teachers --dataset shapes --classes disk ring    | --classes
 teachers --dataset covid --data-dir nowhere      | there is no folder nowhere
 teachers --dataset covid --data-dir zoo/train    | covid has no training images & of ['hollow']
-teachers --dataset covid --data-dir xrays/COVID  | xrays/COVID needs a folder & has ['images']
+teachers --dataset covid --data-dir xrays/COVID  | xrays/COVID has no & two classes & ['images']
 distill --dataset tinyimagenet --data-dir none   | there is no folder none
 teachers --dataset tinyimagenet --data-dir tiny  | tinyimagenet has no test images & ['n01', 'n02']
-teachers --dataset xrays                         | xrays needs a folder & it has ['COVID']
-teachers --dataset zoo                           | zoo/test needs & 'elk', & it has ['cat',
-teachers --dataset zoo --classes cat             | zoo/train needs & two or more & ['cat'])
-teachers --dataset zoo --classes cat Dog         | zoo/train needs & ['Dog', 'cat']); it has
+teachers --dataset xrays                         | xrays has no folder & two classes & ['COVID']
+teachers --dataset zoo                           | zoo/test has no & for ['elk'], only ['cat',
+teachers --dataset zoo --classes cat             | zoo/train has no & for two classes or more, o
+teachers --dataset zoo --classes cat Dog         | zoo/train has no folder & for ['Dog'], only [
 teachers --dataset zoo --classes cat hollow      | zoo has no training images & of ['hollow']
-teachers --dataset zoo --classes cat cat/        | zoo/train needs & ['cat', 'cat/']); it
-teachers --dataset zoo --classes cat elk         | zoo/test needs & ['cat', 'elk']); it has
+teachers --dataset zoo --classes cat cat/        | zoo/train has no folder & for ['cat/'], only
+teachers --dataset zoo --classes cat elk         | zoo/test has no folder & for ['elk'], only [
 teachers --dataset no_test                       | no_test has ['train'], but no test/cat
 teachers --dataset unlabelled                    | ['test', 'train'], but no & unlabelled/train
-teachers --dataset loose                         | loose/train needs & it has ['0.png', '1.png
+teachers --dataset loose                         | loose/train has no & only ['0.png', '1.png'
 teachers --dataset halves                        | halves must have train/<class> & Training/dog
 teachers --dataset scans                         | no training images (.png, .jpg & ['ct', 'mr']
 teachers --dataset many                          | many has no test images & ['c00', 'c01', 'c02
-teachers --dataset dataset                       | dataset/train needs & it has ['.cat', '.do
+teachers --dataset dataset                       | dataset/train has no & only ['.cat', '.dog']
 teachers --dataset photos                        | cat/x.png has 32 x 24 pixels & --size N makes
 teachers --dataset sizes                         | sizes/test/dog/0.png & 20 x 20 & --size N makes
 teachers --dataset broken                        | 12 of the images & 8-bit images
@@ -1725,7 +1729,7 @@ def test_run_all(tmp_path, interpreter):
     torchrun = "ran -m torch.distributed.run --nproc-per-node 2 --local-addr 127.0.0.1 "
     distill = f"{torchrun}distill --segments 2 --dataset cifar100 --ipc 10"
     assert distill in run_all("cifar100 10", gpus="2")[0]
-    assert run_all("cifar100 10", gpus="0")[1] == 2
+    assert run_all("cifar100 10", gpus="0")[1] == run_all("teachers --ipc 1")[1] == 2
 
 
 # ---- python test_iadd.py: how fast is it? --------------------------------------------------------
