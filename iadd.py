@@ -1262,7 +1262,7 @@ def command_eval(args) -> None:
 def load_distilled(args, data: Dataset, shared: dict, out: Path) -> TrainingSet:
     """The result of `distill` with these options, or the file of --distilled. It needs `images`,
     normalised, (N, C, H, W), `labels`, class numbers (N,) or probabilities (N, classes), and
-    `alpha` or --lr; it may have `mean` and `scale`, `iteration`, `settings`."""
+    `alpha` or --lr; it may have `mean` and `scale`, `iteration`, `settings`. Raises UserError."""
     path = args.distilled or out / "distilled.pt"
     wanted = {**shared, "ipc": args.ipc}
     hint = f"run first: {same_options(args, 'distill')}"
