@@ -525,7 +525,7 @@ shapes         1    10             2               4    300     1e-5   .03     0
 """
 
 
-DSA_KINDS = {dsa.__name__.removeprefix("dsa_"): dsa for dsa in DSA}  # of --dsa
+DSA_KINDS = {dsa.__name__.removeprefix("dsa_"): dsa for dsa in DSA}  # choices of --dsa
 
 
 def preset(name: str, ipc: int, side: int) -> dict:
