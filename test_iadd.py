@@ -7,7 +7,6 @@ import argparse
 import copy
 import csv
 import functools
-import inspect
 import itertools
 import json
 import math
@@ -21,7 +20,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -41,6 +39,7 @@ from iadd import Normalisation, UserError, flat_parameters
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = Path(iadd.__file__).parent
+README = (HERE / "README.md").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -1094,18 +1093,17 @@ def test_distilled_shapes_beat_random_ones(tmp_path, monkeypatch):
     assert ours > real + 10, (ours, real)
 
     monkeypatch.chdir(path.parent)
-    loop, files = (code for code in blocks("python") if "augment(" in code or "savez" in code)
+    monkeypatch.setattr(iadd, "convnet", functools.partial(iadd.convnet, width=32))
+    (loop,) = (code for code in blocks("python") if "augment(" in code)
+    loop = loop.replace("assets/cifar10_ipc1.pt", "distilled.pt")
     names = {}
-    exec(loop, names)
-    right = names["net"](names["normalise"](names["images"])).argmax(1) == names["labels"]
+    exec(loop.replace('"cifar10", "data"', '"shapes", None'), names)
+    right = names["guesses"] == names["data"].test[1]
     assert 100 * right.float().mean() > real + 10
-    exec(files, names)
     pictures = sorted(path.parent.glob("0*.png"))
     assert len(pictures) == 10 and pictures[3].name == "00003_triangle.png"
-    arrays = np.load("distilled.npz")
-    assert arrays["labels"].tolist() == list(range(10)) and arrays["images"].max() <= 1
-    tile = iadd.read_image(pictures[3], None, "RGB").numpy() / 255
-    assert np.abs(tile - arrays["images"][3]).max() < 1 / 255
+    pixels = names["normalise"].inverse(names["x"])[3].clamp(0, 1)
+    assert (iadd.read_image(pictures[3], None, "RGB") / 255 - pixels).abs().max() < 1 / 255
 
 
 def test_other_augmentations_and_grey_images(run, tmp_path, capsys):
@@ -1657,14 +1655,28 @@ def test_other_errors_are_not_hidden(monkeypatch):
 
 def blocks(language):
     """The blocks of code in the documents."""
-    texts = [(HERE / name).read_text() for name in ("README.md", "assets/results.md")]
+    texts = [README, (HERE / "assets/results.md").read_text()]
     return re.findall(rf"```{language}\n(.*?)```", "\n".join(texts), re.DOTALL)
 
 
-def test_what_is_quoted_is_the_code():
-    quoted = "".join(blocks("python"))
-    for function in (iadd.Student.step, iadd.matching_loss):
-        assert textwrap.dedent(inspect.getsource(function)) in quoted
+def test_links_in_the_documents():
+    """To files, to headings, to functions; and each picture is shown somewhere."""
+    pictures = {path.name for path in (HERE / "assets").glob("*.[pg][ni][gf]")}
+    headings = {}
+    for path in (HERE / "README.md", HERE / "assets/results.md"):
+        titles = re.findall("^#+ (.*)", path.read_text(), re.MULTILINE)
+        headings[path] = [re.sub("[^a-z0-9 -]", "", x.lower()).replace(" ", "-") for x in titles]
+    for path in headings:
+        for link in re.findall(r"\]\((?!http)(.*?)\)", path.read_text()):
+            name, _, heading = link.partition("#")
+            target = path.parent / name if name else path
+            assert target.exists(), link
+            assert not heading or heading in headings[target.resolve()], link
+            pictures.discard(target.name)
+    assert not pictures
+    for row in re.findall(r"^\| .*?(?:Section|line|Eq).*? \| (.*) \|$", README, re.MULTILINE):
+        for name in re.findall("`([a-zA-Z_]+)`", row):
+            assert hasattr(iadd, name), name
 
 
 def test_the_commands_in_the_documents_are_understood():
@@ -1674,23 +1686,36 @@ def test_the_commands_in_the_documents_are_understood():
     done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) > 60
+    assert len(lines) > 15
     for line in lines:
         iadd.make_parser().parse_args(line.split("iadd.py ")[1].split())
 
 
-def test_someone_elses_images(tmp_path, monkeypatch):
-    """The lines in the documents turn them, here with soft labels, into a file that eval takes."""
+def test_images_and_teachers_of_others(run, tmp_path, monkeypatch):
+    """The lines in README turn images, here with soft labels, into a file that eval takes, and
+    expert buffers into teachers that distill takes."""
     monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCifar)
     monkeypatch.chdir(tmp_path)
-    torch.save(torch.randn(4, 3, 8, 8, requires_grad=True), "images.pt")
-    torch.save(torch.tensor([[0.9, 0.1]] * 3 + [[0, 1]]).double(), "labels.pt")
-    (lines,) = (block for block in blocks("python") if "images.pt" in block)
-    exec(lines)
-    line = f"eval --distilled other.pt --ipc 2 --nets 2 --eval-epochs 2 --width 4 --device {DEVICE}"
-    assert command(line) == 0
+    soft = torch.tensor([[0.9, 0.1]] * 3 + [[0, 1]]).double()
+    images = {"x": torch.randn(4, 3, 8, 8, requires_grad=True), "y": soft}
+    (line,) = re.findall(r"`(torch.save\(.*?\))`", README)
+    exec(line, {"torch": torch, **images})
+    options = f"--ipc 2 --width 4 --device {DEVICE}"
+    assert command(f"eval --distilled other.pt {options} --nets 2 --eval-epochs 2") == 0
     (row,) = rows_of(tmp_path / "runs/cifar10_zca_w4/other")
     assert row["ipc"] == 2 and row["lr"] == pytest.approx(0.01)
+
+    net = iadd.convnet((3, 8, 8), 2, 4)
+    Path("buffers").mkdir()
+    for k in range(2):
+        trajectories = [[[p.detach() * s for p in net.parameters()] for s in (1, 2, 3)]] * (k + 1)
+        torch.save(trajectories, f"buffers/replay_buffer_{k}.pt")
+    (lines,) = (block for block in blocks("python") if "replay_buffer" in block)
+    exec(lines.replace("w128", "w4"))
+    teacher = thetas("runs/cifar10_zca_w4/teachers/002.pt")
+    assert torch.equal(teacher, flat_parameters(net) * torch.tensor([[1], [2], [3]]))
+    line = f"distill {options} --max-start-epoch 1 --steps 2 --iterations 2"
+    assert command(f"{line} --teachers 3") == 0 and command(f"{line} --teachers 4") == 2
 
 
 @pytest.mark.parametrize("interpreter", ["bin/python", "Scripts/python.exe"])
