@@ -1698,7 +1698,7 @@ def test_images_and_teachers_of_others(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     soft = torch.tensor([[0.9, 0.1]] * 3 + [[0, 1]]).double()
     images = {"x": torch.randn(4, 3, 8, 8, requires_grad=True), "y": soft}
-    (line,) = re.findall(r"`(torch.save\(.*?\))`", README)
+    (line,) = re.findall(r"`(torch.save\([^`]*\))`", README)
     exec(line, {"torch": torch, **images})
     options = f"--ipc 2 --width 4 --device {DEVICE}"
     assert command(f"eval --distilled other.pt {options} --nets 2 --eval-epochs 2") == 0
