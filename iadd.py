@@ -1396,7 +1396,7 @@ def draw_curves(result: dict, log: np.ndarray, rows: list[dict], path: Path) -> 
     panels = [
         ("iteration", "loss, Eq. (9)", log[:, 0], log[:, 2]),
         ("iteration", "alpha, learning rate of the student", log[:, 0], log[:, 3]),
-        ("iteration", "1 - minimum, median, mean of W", log[:, 0], 1 - log[:, 4:]),
+        ("iteration", "1 - W_min, 1 - W_median, 1 - W_mean", log[:, 0], 1 - log[:, 4:]),
         (parameter, "|student - teacher|, last iteration", result["mismatch"].abs()),
         (parameter, "1 - W", 1 - result["W"]),
     ]
