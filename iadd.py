@@ -7,7 +7,7 @@
 Other options than these (see --help): give the same to all three; each uses those it needs. With
 `--dataset shapes` they take three minutes on two CPU cores; `eval --on distilled random full`
 prints 57.4 ± 5.5 % for one distilled image per class, 29.5 ± 3.5 for one real, 99.5 ± 0.2 for
-all 2,000. CIFAR-10, IPC 1, 50 teachers, T = 5000: 44.9 ± 0.9 (paper, 200 teachers: 46.5 ± 1.1).
+all 2,000. CIFAR-10, IPC 1, 50 teachers, T = 5000: 44.8 ± 0.9 (paper, 200 teachers: 46.5 ± 1.1).
 
 The paper: Guang Li, Ren Togo, Takahiro Ogawa, Miki Haseyama, Neural Networks 172, 2024, arXiv
 2401.15863; sections, equations, figures, tables and lines (of Algorithm 1) are that paper's.

@@ -1691,6 +1691,24 @@ def test_the_commands_in_the_documents_are_understood():
         iadd.make_parser().parse_args(line.split("iadd.py ")[1].split())
 
 
+@pytest.mark.parametrize("ipc", [1])
+def test_the_distilled_images_in_assets(ipc, tmp_path, monkeypatch):
+    """What they hold, and that eval reads them; drawn images stand in for CIFAR-10's."""
+    path = HERE / f"assets/cifar10_ipc{ipc}.pt"
+    content = torch.load(path, weights_only=True)
+    assert set(content) == {"images", "labels", "alpha", "iteration", "settings"}
+    assert path.stat().st_size < 1.25e6
+    shapes = iadd.make_shapes()
+    data = iadd.Dataset("cifar10", content["settings"]["classes"], shapes.train, shapes.test)
+    monkeypatch.setattr(iadd, "load_dataset", lambda *_: data)
+    plain = Normalisation(torch.zeros(3, 32, 32, device=DEVICE), torch.eye(3072, device=DEVICE))
+    monkeypatch.setattr(iadd, "fit_normalisation", lambda *_: plain)
+    options = f"--ipc {ipc} --nets 1 --eval-epochs 1 --width 8 --no-compile --runs {tmp_path}"
+    assert command(f"eval --distilled {path} {options}") == 0
+    (row,) = rows_of(tmp_path / f"cifar10_zca_w8/{path.stem}")
+    assert row["iteration"] == content["iteration"] and row["lr"] == content["alpha"].item()
+
+
 def test_images_and_teachers_of_others(run, tmp_path, monkeypatch):
     """The lines in README turn images, here with soft labels, into a file that eval takes, and
     expert buffers into teachers that distill takes."""
