@@ -236,8 +236,8 @@ def matching_loss(d: Distillation, student: Student, teachers: list[Tensor], m: 
 
 
 def iteration(d: Distillation, student, teachers: list[Tensor], m: Matching, segments) -> Tensor:
-    """Algorithm 1, lines 4-14: updates d, returns the loss, (). segments: range(S), or those of
-    this process. Eq. (10)-(12) have an index j, but L and its gradients exist only after step J."""
+    """Algorithm 1, lines 4-14 (the loop over t: command_distill): updates d, returns the loss, ().
+    segments: range(S) or a part. Eq. (10)-(12) have an index j, but L exists only after step J."""
     d.optimizer.zero_grad()
     loss = d.W.new_zeros(())
     for s in segments:
@@ -313,7 +313,7 @@ def warp(x: Tensor, a=1.0, b=0.0, tx=0.0, c=0.0, d=1.0, ty=0.0, mode: str = "bil
     return F.grid_sample(x, grid, mode, padding_mode="zeros", align_corners=True)
 
 
-DSA = [dsa_color, dsa_crop, dsa_cutout, dsa_flip, dsa_scale, dsa_rotate]  # --dsa keeps some
+DSA = [dsa_color, dsa_crop, dsa_cutout, dsa_flip, dsa_scale, dsa_rotate]  # --dsa shortens it
 
 
 def augment(x: Tensor) -> Tensor:
@@ -407,7 +407,7 @@ def train(ell: Loss, theta: Tensor, optimizer, images: "ImageSet", epochs: int, 
 
 
 def train_teacher(ell: Loss, theta: Tensor, images: "ImageSet", lr: float, batch: int) -> Tensor:
-    """A teacher, (P,) on the CPU, an epoch after theta (P,). Plain SGD: theta is all its state."""
+    """theta (P,) after one more epoch, on the CPU. Plain SGD: theta is all the state there is."""
     theta = theta.to(images.x.device, copy=True).requires_grad_()
     train(ell, theta, torch.optim.SGD([theta], lr), images, 1, batch)
     return theta.detach().cpu()
@@ -1183,7 +1183,7 @@ def log_row(d: Distillation, losses: list[Tensor]) -> list[float]:
 
 
 def draw(images: Tensor, normalise: Normalisation, ipc: int, path: Path) -> None:
-    """The images as a person sees them, a class in each row; one of each: ten (Fig. 4, 5, 8)."""
+    """The images as a person sees them, a class in each row; at IPC 1 ten (Fig. 4, 5, 8)."""
     shown = math.ceil(1000 * ipc / len(images))  # of each class: a picture of 10,000 takes 6 GB
     images = images.unflatten(0, (-1, ipc))[:, :shown]  # (classes, shown, C, H, W)
     pixels = normalise.inverse(images.flatten(0, 1)).clamp(0, 1)

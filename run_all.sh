@@ -5,7 +5,8 @@
 # ./run_all.sh DATASET [IPC] [...]    teachers, distill and eval with the paper's settings (IPC 1); options go to all three
 # ./run_all.sh paper [CELL ...] [...] the commands of the paper's tables; runs those of the named tables, columns or cells,
 #                                     such as table1/cifar10/ipc1 or table4/iadd, with options such as --data-dir
-# What exists already is not made again, and what was interrupted goes on. GPUS=4 ./run_all.sh ... uses four GPUs.
+# What teachers and distill have made is not made again, and what was interrupted goes on. GPUS=4 ./run_all.sh ... uses
+# four GPUs.
 # Everything is installed into .venv; PYTHON=python3.12 ./run_all.sh chooses the interpreter that makes it.
 set -euo pipefail
 unset MPLBACKEND # a notebook's, which .venv does not have

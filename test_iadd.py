@@ -1093,11 +1093,10 @@ def test_distilled_shapes_beat_random_ones(tmp_path, monkeypatch):
     assert ours > real + 10, (ours, real)
 
     monkeypatch.chdir(path.parent)
-    monkeypatch.setattr(iadd, "convnet", functools.partial(iadd.convnet, width=32))
     (loop,) = (code for code in blocks("python") if "augment(" in code)
     loop = re.sub('"[^"]*[.]pt"', '"distilled.pt"', loop)
     names = {}
-    exec(loop.replace('"cifar10", "data"', '"shapes", None'), names)
+    exec(loop.replace('"cifar10", pathlib.Path("data")', '"shapes", None'), names)
     right = names["guesses"] == names["data"].test[1]
     assert 100 * right.float().mean() > real + 10
     pictures = sorted(path.parent.glob("0*.png"))
@@ -1724,10 +1723,10 @@ def test_images_and_teachers_of_others(run, tmp_path, monkeypatch):
     assert row["ipc"] == 2 and row["lr"] == pytest.approx(0.01)
 
     net = iadd.convnet((3, 8, 8), 2, 4)
-    Path("buffers").mkdir()
+    Path("buffers/CIFAR10/ConvNet").mkdir(parents=True)
     for k in range(2):
         trajectories = [[[p.detach() * s for p in net.parameters()] for s in (1, 2, 3)]] * (k + 1)
-        torch.save(trajectories, f"buffers/replay_buffer_{k}.pt")
+        torch.save(trajectories, f"buffers/CIFAR10/ConvNet/replay_buffer_{k}.pt")
     (lines,) = (block for block in blocks("python") if "replay_buffer" in block)
     exec(lines.replace("w128", "w4"))
     teacher = thetas("runs/cifar10_zca_w4/teachers/002.pt")
